@@ -1,0 +1,36 @@
+# Twofold's commands. `make help` lists them.
+
+CARGO ?= cargo
+
+.PHONY: help build run test check unit interleavings conformance bench fuzz clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: ## build the command and libtwofold.so in release mode
+	$(CARGO) build --release --quiet -p twofold -p twofold-preload -p hello
+
+run: build ## run examples/hello on the software KVM and print a summary
+	target/release/twofold run --summary -- target/release/hello
+
+test: check unit interleavings conformance ## every test of the project: what CI runs
+
+check: ## formatting and clippy, warnings are errors
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --quiet --workspace --all-targets -- -D warnings
+
+unit: build ## unit, model, documentation and host-comparison tests
+	$(CARGO) test --quiet --workspace
+
+interleavings: ## every interleaving of the small protocols, with loom
+	RUSTFLAGS="--cfg loom" $(CARGO) test --quiet --release -p twofold-table --lib --target-dir target/loom
+
+conformance: build ## KVM's own selftests and the tests of kvm-ioctls, unmodified
+	conformance/selfcheck.sh
+	conformance/run.sh --if-available
+
+bench: ## figures beside what they are compared with
+	$(CARGO) run --release --quiet -p twofold-bench
+
+clean: ## remove everything that was built
+	$(CARGO) clean
