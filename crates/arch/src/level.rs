@@ -114,8 +114,10 @@ mod tests {
     #[test]
     fn the_indices_of_all_levels_rebuild_the_frame() {
         let gfn = Gfn::new(0x1_2345_6789_abcd & ((1 << 45) - 1));
-        let rebuilt: u64 =
-            Level::ALL.iter().map(|level| level.index(gfn) as u64 * level.frames()).sum();
+        let rebuilt: u64 = Level::ALL
+            .iter()
+            .map(|level| level.index(gfn) as u64 * level.frames())
+            .sum();
         assert_eq!(Gfn::new(rebuilt), gfn);
     }
 }

@@ -8,7 +8,13 @@
 #![no_std]
 
 pub mod addr;
+pub mod ept;
+pub mod eptp;
 pub mod level;
+pub mod npt;
+pub mod pferr;
+pub mod qualification;
 
 pub use addr::{Gfn, Gpa, Hfn, Hpa, PAGE_SHIFT, PAGE_SIZE};
 pub use level::Level;
+pub use pferr::Pferr;
