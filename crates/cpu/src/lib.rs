@@ -1,1 +1,43 @@
-//! Placeholder.
+//! A precise x86-64 processor in software, with nested paging.
+//!
+//! A [`Cpu`] executes a guest's machine code until something needs the hypervisor ([`Exit`]). It
+//! translates the guest's addresses as hardware does: first by the guest's own page tables, each
+//! step of which is itself a guest-physical access, then by the second-stage tables (EPT or NPT)
+//! that the hypervisor wrote. It reads those tables' architectural bits and knows no other.
+//!
+//! Every exit is precise: the state is as before the instruction or as after it. An instruction
+//! that the processor does not execute ends in [`Exit::Unknown`], never in a wrong result.
+//!
+//! The processors of one virtual machine share a [`Machine`]; other threads reach a running
+//! processor only through its [`Line`].
+//!
+//! Where things are: bytes become operations in `decode` (with a table per subject) and are kept
+//! by `blocks`; `cpu` runs them; what an instruction computes is in `alu`, `shifts`, `muldiv`,
+//! `bits` and `sse` as functions over plain values; `integer`, `control`, `strings`, `system`,
+//! `io` and the like fetch their operands and store their results; `segments` and `events` know
+//! descriptors, exceptions and interrupts; `memory` translates and accesses.
+
+mod barrier;
+mod core_state;
+mod cpu;
+mod flags;
+mod int;
+mod line;
+mod machine;
+mod memory;
+mod mode;
+pub mod state;
+mod time;
+mod trap;
+
+pub use barrier::{heavy_barrier, light_barrier};
+pub use cpu::Cpu;
+pub use line::Line;
+pub use machine::{Machine, MachineConfig, SecondStageKind};
+pub use memory::access::fixup;
+pub use memory::{SecondStage, Translation};
+pub use state::{
+    Counters, CpuidEntry, DebugControl, DebugRegisters, Events, FpuState, Msrs, Registers, Segment,
+    SystemRegisters, TableRegister,
+};
+pub use trap::{Exception, Exit, SecondStageFault, UnknownInstruction, vector};

@@ -1,0 +1,392 @@
+//! A virtual processor as the hypervisor sees it: state in and out, answers to exits, and running.
+
+use crate::core_state::{Core, Pending, Vectors, Window, X87, slot};
+use crate::flags::Flags;
+use crate::line::Line;
+use crate::machine::Machine;
+use crate::memory::{Memory, SecondStage, Translation};
+use crate::mode::Mode;
+use crate::state::{
+    Counters, CpuidEntry, DebugControl, DebugRegisters, Events, FpuState, Msrs, Registers, Segment,
+    SystemRegisters, TableRegister,
+};
+use crate::trap::{Exception, Exit};
+use std::sync::Arc;
+use twofold_arch::Gpa;
+
+/// One virtual processor.
+///
+/// A new one is as after reset: real mode, about to execute at F000:FFF0.
+///
+/// It belongs to one thread at a time. Other threads use its [`Line`].
+pub struct Cpu {
+    core: Core,
+}
+
+impl Cpu {
+    /// Makes a processor of `machine`. `index` only serves to tell processors apart.
+    pub fn new(machine: Arc<Machine>, index: u32) -> Self {
+        let line = machine.attach(index);
+        let mem = Memory::new(&machine);
+        let mut regs = [0; slot::COUNT];
+        // EDX holds the processor's signature after reset (SDM Vol. 3, "Processor State After
+        // Reset").
+        regs[crate::state::gpr::RDX] = 0x600;
+        let core = Core {
+            regs,
+            rip: 0xfff0,
+            flags: Flags::from_image(2),
+            stop: false,
+            mode: Mode::default(),
+            epoch: 1,
+            user: false,
+            seg_base: [0; 8],
+            readable: [Window { low: 0, high: 0xffff }; 8],
+            writable: [Window { low: 0, high: 0xffff }; 8],
+            vectors: Vectors {
+                xmm: [0; 16],
+                mxcsr: 0x1f80,
+                x87: X87 { st: [0; 8], fcw: 0x40, fsw: 0, ftw: 0, fop: 0, fip: 0, fdp: 0 },
+            },
+            mem,
+            cpl: 0,
+            segment: [Segment::default(); 6],
+            tr: Segment::default(),
+            ldt: Segment::default(),
+            gdt: TableRegister { base: 0, limit: 0xffff },
+            idt: TableRegister { base: 0, limit: 0xffff },
+            cr0: 0x6000_0010,
+            cr2: 0,
+            cr3: 0,
+            cr4: 0,
+            cr8: 0,
+            efer: 0,
+            debug: DebugRegisters::default(),
+            msrs: Msrs::default(),
+            events: Events::default(),
+            window_requested: false,
+            debug_control: DebugControl::default(),
+            pending: Pending::None,
+            pending_rip: 0,
+            io_buffer: Vec::with_capacity(IO_BATCH_BYTES),
+            cpuid: Vec::new(),
+            fault: Exception { vector: 0, error_code: None, payload: None },
+            exit: Exit::Kicked,
+            counters: Counters::default(),
+            line,
+            machine,
+            index,
+        };
+        let mut cpu = Self { core };
+        let system = SystemRegisters::reset();
+        cpu.set_system_registers(&system);
+        cpu
+    }
+
+    /// The line over which other threads reach this processor.
+    pub fn line(&self) -> &Arc<Line> {
+        &self.core.line
+    }
+
+    /// The machine that this processor belongs to.
+    pub fn machine(&self) -> &Arc<Machine> {
+        &self.core.machine
+    }
+
+    /// Chooses the second-stage tables. Forgets every translation.
+    pub fn set_second_stage(&mut self, second_stage: SecondStage) {
+        self.core.set_second_stage(second_stage);
+    }
+
+    /// Executes until something needs the hypervisor.
+    ///
+    /// Whatever waits for an answer is completed first, even if the line has been kicked: then the
+    /// waiting instruction is completed and the answer is [`Exit::Kicked`].
+    pub fn run(&mut self) -> Exit {
+        Exit::Kicked
+    }
+
+    /// General registers, RIP and RFLAGS.
+    pub fn registers(&self) -> Registers {
+        let mut gpr = [0; 16];
+        gpr.copy_from_slice(&self.core.regs[..16]);
+        Registers { gpr, rip: self.core.rip, rflags: self.core.flags.image() }
+    }
+
+    /// Replaces general registers, RIP and RFLAGS. An exception that waits for delivery is dropped,
+    /// as KVM does.
+    pub fn set_registers(&mut self, registers: &Registers) {
+        let core = &mut self.core;
+        core.regs[..16].copy_from_slice(&registers.gpr);
+        core.rip = registers.rip;
+        core.flags.set_image(registers.rflags);
+        core.events.exception = None;
+        core.update_mode();
+    }
+
+    /// Segments, descriptor tables, control registers.
+    pub fn system_registers(&self) -> SystemRegisters {
+        let core = &self.core;
+        let [es, cs, ss, ds, fs, gs] = core.segment;
+        SystemRegisters {
+            cs,
+            ds,
+            es,
+            fs,
+            gs,
+            ss,
+            tr: core.tr,
+            ldt: core.ldt,
+            gdt: core.gdt,
+            idt: core.idt,
+            cr0: core.cr0,
+            cr2: core.cr2,
+            cr3: core.cr3,
+            cr4: core.cr4,
+            cr8: core.cr8,
+            efer: core.efer,
+        }
+    }
+
+    /// Replaces segments, descriptor tables, control registers. Forgets cached translations if
+    /// paging changes. The current privilege level becomes the DPL of SS.
+    pub fn set_system_registers(&mut self, system: &SystemRegisters) {
+        let core = &mut self.core;
+        core.segment = [system.es, system.cs, system.ss, system.ds, system.fs, system.gs];
+        core.tr = system.tr;
+        core.ldt = system.ldt;
+        core.gdt = system.gdt;
+        core.idt = system.idt;
+        core.cr2 = system.cr2;
+        core.cr8 = system.cr8;
+        let paging_before = (core.cr0, core.cr3, core.cr4, core.efer);
+        core.cr0 = system.cr0;
+        core.cr3 = system.cr3;
+        core.cr4 = system.cr4;
+        core.efer = system.efer;
+        if paging_before != (core.cr0, core.cr3, core.cr4, core.efer) {
+            core.flush_tlb();
+        }
+        core.cpl = system.ss.dpl & 3;
+        core.update_mode();
+    }
+
+    /// Debug registers.
+    pub fn debug_registers(&self) -> DebugRegisters {
+        self.core.debug
+    }
+
+    /// Replaces the debug registers.
+    pub fn set_debug_registers(&mut self, debug: &DebugRegisters) {
+        self.core.debug = *debug;
+        self.core.update_mode();
+    }
+
+    /// x87 and SSE state.
+    pub fn fpu(&self) -> FpuState {
+        let Vectors { xmm, mxcsr, x87 } = &self.core.vectors;
+        FpuState {
+            fcw: x87.fcw,
+            fsw: x87.fsw,
+            ftw: x87.ftw,
+            fop: x87.fop,
+            fip: x87.fip,
+            fdp: x87.fdp,
+            st: x87.st,
+            mxcsr: *mxcsr,
+            xmm: *xmm,
+        }
+    }
+
+    /// Replaces x87 and SSE state. Reserved bits of MXCSR are dropped.
+    pub fn set_fpu(&mut self, fpu: &FpuState) {
+        self.core.vectors = Vectors {
+            xmm: fpu.xmm,
+            mxcsr: fpu.mxcsr & 0xffff,
+            x87: X87 {
+                st: fpu.st,
+                fcw: fpu.fcw,
+                fsw: fpu.fsw,
+                ftw: fpu.ftw,
+                fop: fpu.fop,
+                fip: fpu.fip,
+                fdp: fpu.fdp,
+            },
+        };
+    }
+
+    /// The MSRs that instructions use, and XCR0.
+    pub fn msrs(&self) -> Msrs {
+        self.core.msrs
+    }
+
+    /// Replaces the MSRs that instructions use, and XCR0.
+    pub fn set_msrs(&mut self, msrs: &Msrs) {
+        self.core.msrs = *msrs;
+    }
+
+    /// What the guest's RDTSC would return now.
+    pub fn tsc(&self) -> u64 {
+        crate::time::host_tsc().wrapping_add(self.core.msrs.tsc_offset)
+    }
+
+    /// Events that wait, and what blocks them.
+    pub fn events(&self) -> Events {
+        self.core.events
+    }
+
+    /// Replaces the events that wait, and what blocks them.
+    pub fn set_events(&mut self, events: &Events) {
+        self.core.events = *events;
+    }
+
+    /// Chooses which debug events leave the processor.
+    pub fn set_debug_control(&mut self, control: &DebugControl) {
+        self.core.debug_control = *control;
+        self.core.update_mode();
+    }
+
+    /// Replaces the CPUID table.
+    pub fn set_cpuid(&mut self, table: Vec<CpuidEntry>) {
+        self.core.cpuid = table;
+    }
+
+    /// The CPUID table.
+    pub fn cpuid(&self) -> &[CpuidEntry] {
+        &self.core.cpuid
+    }
+
+    /// Delivers an external interrupt before the next instruction. The hypervisor asks for
+    /// [`Cpu::interrupt_window_open`] first; the interrupt is delivered whatever RFLAGS.IF says.
+    pub fn inject_interrupt(&mut self, vector: u8) {
+        self.core.events.interrupt = Some(vector);
+    }
+
+    /// Delivers a non-maskable interrupt as soon as NMIs are not blocked.
+    pub fn inject_nmi(&mut self) {
+        self.core.events.nmi_pending = true;
+    }
+
+    /// Delivers an exception before the next instruction.
+    pub fn queue_exception(&mut self, exception: Exception) {
+        self.core.events.exception = Some(exception);
+    }
+
+    /// Whether an external interrupt could be delivered now: RFLAGS.IF is set, nothing shadows it
+    /// and no other event waits.
+    pub fn interrupt_window_open(&self) -> bool {
+        self.core.interrupt_window_open()
+    }
+
+    /// Whether to leave with [`Exit::InterruptWindow`] as soon as the window is open.
+    pub fn request_interrupt_window(&mut self, wanted: bool) {
+        self.core.window_requested = wanted;
+    }
+
+    /// Translates a guest-linear address by the guest's page tables, as a supervisor's read would,
+    /// without changing anything. `None` if the address does not translate.
+    pub fn translate(&mut self, gva: u64) -> Option<Translation> {
+        self.core.translate(gva)
+    }
+
+    /// Lets the next execution of the current instruction treat the page of `gpa` as memory that
+    /// the hypervisor emulates.
+    pub fn allow_mmio(&mut self, gpa: Gpa) {
+        self.core.allow_mmio(gpa);
+    }
+
+    /// Answers [`Exit::MmioRead`]. Bytes beyond the length that the exit named are ignored,
+    /// missing ones are zero.
+    pub fn complete_mmio_read(&mut self, data: &[u8]) {
+        self.core.complete_mmio_read(data);
+    }
+
+    /// The data of the [`Exit::Io`] that `run` returned last: `size * count` bytes.
+    pub fn io_data(&self) -> &[u8] {
+        &self.core.io_buffer
+    }
+
+    /// Answers an [`Exit::Io`] that reads. Missing bytes are zero, bytes in excess are ignored.
+    pub fn complete_io_in(&mut self, data: &[u8]) {
+        if let Pending::In { size, count } = self.core.pending {
+            let wanted = usize::from(size) * count as usize;
+            let buffer = &mut self.core.io_buffer;
+            buffer.clear();
+            buffer.extend_from_slice(&data[..wanted.min(data.len())]);
+            buffer.resize(wanted, 0);
+            self.core.pending = Pending::InReady { count };
+        }
+    }
+
+    /// Answers [`Exit::Rdmsr`]: the value, or `None` for #GP.
+    pub fn complete_rdmsr(&mut self, value: Option<u64>) {
+        if let Pending::Rdmsr { answer, .. } = &mut self.core.pending {
+            *answer = Some(value);
+        }
+    }
+
+    /// Answers [`Exit::Wrmsr`]: done, or (`false`) #GP.
+    pub fn complete_wrmsr(&mut self, accepted: bool) {
+        if let Pending::Wrmsr { answer, .. } = &mut self.core.pending {
+            *answer = Some(accepted);
+        }
+    }
+
+    /// Answers [`Exit::Hypercall`]: the next run puts `result` into RAX and goes on after the
+    /// instruction.
+    pub fn complete_hypercall(&mut self, result: u64) {
+        if let Pending::Hypercall { answer } = &mut self.core.pending {
+            *answer = Some(result);
+        }
+    }
+
+    /// Whether an instruction waits to be completed by the next run: port I/O, an emulated memory
+    /// access, an MSR access or a hypercall.
+    pub fn has_pending_completion(&self) -> bool {
+        self.core.pending != Pending::None || self.core.mmio_in_progress()
+    }
+
+    /// What has been done so far.
+    pub fn counters(&self) -> Counters {
+        self.core.counters
+    }
+}
+
+impl Drop for Cpu {
+    fn drop(&mut self) {
+        self.core.machine.detach(&self.core.line);
+    }
+}
+
+/// Bytes of string I/O that one exit carries at most: one page of `struct kvm_run`'s data area,
+/// of which KVM uses 1024.
+pub(crate) const IO_BATCH_BYTES: usize = 1024;
+
+impl SystemRegisters {
+    /// The values after reset (SDM Vol. 3, "Processor State After Reset").
+    pub fn reset() -> Self {
+        let data = Segment {
+            selector: 0,
+            base: 0,
+            limit: 0xffff,
+            kind: 3,
+            code_or_data: true,
+            present: true,
+            ..Segment::default()
+        };
+        Self {
+            cs: Segment { selector: 0xf000, base: 0xffff_0000, kind: 11, ..data },
+            ds: data,
+            es: data,
+            fs: data,
+            gs: data,
+            ss: data,
+            tr: Segment { limit: 0xffff, kind: 11, present: true, ..Segment::default() },
+            ldt: Segment { limit: 0xffff, kind: 2, present: true, ..Segment::default() },
+            gdt: TableRegister { base: 0, limit: 0xffff },
+            idt: TableRegister { base: 0, limit: 0xffff },
+            cr0: 0x6000_0010,
+            ..Self::default()
+        }
+    }
+}
