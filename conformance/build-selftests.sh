@@ -42,25 +42,33 @@ for tool in apt-get dpkg-deb; do
     command -v "$tool" >/dev/null 2>&1 ||
         unavailable "no $tool here: KVM's selftests are built from Debian's package $package"
 done
-need_tools "$log" gcc make flex bison rsync tar xz=xz-utils
-
 work=$home/work
 rm -rf "$work"
 mkdir -p "$work/package" "$work/tree"
 # apt-get's unprivileged downloader must be able to write here; when it cannot
 # (a home folder closed to others), apt-get warns and downloads as root.
 cd "$work"
-say "fetching $package"
-if ! apt-get download "$package" >>"$log" 2>&1 </dev/null; then
-    # A fresh machine has no package lists yet.
-    if ((EUID == 0)); then
+# Package lists may be missing (a fresh machine) or old (the version that they
+# name is gone): then they are fetched, once.
+updated=false
+update_lists() {
+    if ! $updated && ((EUID == 0)); then
+        updated=true
         apt-get update >>"$log" 2>&1 </dev/null || true
     fi
+}
+apt-get --print-uris download "$package" >>"$log" 2>&1 </dev/null || update_lists
+apt-get --print-uris download "$package" >>"$log" 2>&1 </dev/null ||
+    unavailable "apt-get knows no package $package here (see $log)"
+say "fetching $package"
+if ! apt-get download "$package" >>"$log" 2>&1 </dev/null; then
+    update_lists
     apt-get download "$package" >>"$log" 2>&1 </dev/null ||
         unavailable "apt-get cannot download $package here (see $log)"
 fi
 debs=("$package"_*.deb)
 version=$(dpkg-deb -f "${debs[0]}" Version)
+need_tools "$log" gcc make flex bison rsync tar xz=xz-utils
 quietly "$log" dpkg-deb -x "${debs[0]}" package
 rm -f -- "${debs[@]}"
 
