@@ -1,2 +1,29 @@
+//! Guest memory slots and the second-stage ("TDP") MMU of a hypervisor.
+//!
+//! A [`Mmu`] belongs to one VM. The hypervisor supplies a [`Host`]: pages for tables, pages for
+//! the guest, TLB flushes. It describes guest memory with [`Mmu::set_region`], gives the root of
+//! [`Mmu::load_root`] to its virtual processors, hands their faults to [`Mmu::fault`], and
+//! announces changes of its own memory with [`Mmu::host_change`].
 #![no_std]
-//! Placeholder.
+
+extern crate alloc;
+
+pub mod fault;
+pub mod format;
+pub mod host;
+pub mod mmu;
+pub mod reader;
+pub mod region;
+pub mod root;
+pub mod slots;
+pub mod stats;
+
+pub use fault::{Fault, FaultError, Outcome};
+pub use format::{Ept, MmuFormat, Npt};
+pub use host::{Host, HostPage, PopulateError};
+pub use mmu::{Config, DirtyLogError, HostChange, Mmu, OutOfMemory, PendingChange};
+pub use reader::{Reader, ReaderStats};
+pub use region::{Region, RegionError, RegionErrorKind, RegionFlags};
+pub use root::{Root, RootRole};
+pub use slots::SlotInfo;
+pub use stats::Stats;

@@ -1,0 +1,80 @@
+//! What a hypervisor supplies.
+
+use core::ptr::NonNull;
+use twofold_arch::{Hpa, Level};
+
+/// The hypervisor below the MMU: pages for tables, pages for the guest, and other processors.
+///
+/// # Safety
+/// The MMU dereferences what [`table_ptr`](Self::table_ptr) returns. For a page from
+/// [`alloc_table`](Self::alloc_table), until it is given to [`free_table`](Self::free_table), the
+/// pointer must stay the same and be valid for reads and writes of 4096 bytes, 4 KiB aligned, and
+/// nothing but the MMU and the processors that walk the tables (both with atomic accesses) may
+/// touch those bytes.
+/// [`heavy_barrier`](Self::heavy_barrier) and [`flush_tlbs`](Self::flush_tlbs) must order as they
+/// say: pages are freed on the strength of it.
+pub unsafe trait Host: Send + Sync {
+    /// Takes one 4 KiB page for a table, 4 KiB aligned, with any content. `None` when there is none.
+    ///
+    /// Never called in a read section; it may block or make a system call.
+    fn alloc_table(&self) -> Option<Hpa>;
+
+    /// Gives back a page from [`alloc_table`](Self::alloc_table); nothing refers to it any more.
+    fn free_table(&self, page: Hpa);
+
+    /// How a table page is reached. Called on the hot path: should be an addition at most.
+    fn table_ptr(&self, page: Hpa) -> NonNull<u64>;
+
+    /// Makes the page at the host-virtual address `hva` (4 KiB aligned) present, writable if
+    /// `write`, and says what is there. May block; never called in a read section.
+    ///
+    /// For a read of memory that is not writable now (a private file mapping before its copy on
+    /// write, for instance) it must not be made writable on the side: `writable` says what the page
+    /// allows without changing it.
+    ///
+    /// # Errors
+    /// See [`PopulateError`].
+    fn populate(&self, hva: u64, write: bool) -> Result<HostPage, PopulateError>;
+
+    /// Makes every virtual processor of the VM drop every second-stage translation it holds, and
+    /// returns when none uses an older one. Also orders as [`heavy_barrier`](Self::heavy_barrier)
+    /// does: it must execute a full barrier on every thread that has a [`Reader`](crate::Reader).
+    fn flush_tlbs(&self);
+
+    /// The expensive half of an asymmetric barrier: a full memory barrier on every thread that has a
+    /// [`Reader`](crate::Reader), whose own half is a compiler fence. In Linux user space
+    /// `membarrier(MEMBARRIER_CMD_PRIVATE_EXPEDITED)`, on bare metal an interprocessor interrupt.
+    fn heavy_barrier(&self);
+
+    /// Called while waiting for another thread to leave a short section: yield, or just pause.
+    fn wait_hint(&self);
+}
+
+/// A page of host memory that may be mapped into a guest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct HostPage {
+    /// Host-physical address of the 4 KiB page.
+    pub hpa: Hpa,
+    /// Whether the page may be mapped writable.
+    pub writable: bool,
+    /// The largest host mapping that holds the page: a leaf of up to this level may be built
+    /// around it, since host memory is contiguous and aligned that far.
+    pub level: Level,
+}
+
+/// Why host memory could not be made present.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum PopulateError {
+    /// Nothing is mapped there, or not with the permission asked for: `-EFAULT`.
+    #[error("host memory is not there or forbids the access")]
+    Fault,
+    /// A signal came first: `-EINTR`.
+    #[error("interrupted by a signal")]
+    Interrupted,
+    /// Cannot be told now; the fault is tried again.
+    #[error("host memory is changing")]
+    Again,
+    /// The page is known to be bad: `-EHWPOISON`.
+    #[error("host memory is poisoned")]
+    Poisoned,
+}
