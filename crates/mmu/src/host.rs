@@ -13,6 +13,8 @@ use twofold_arch::{Hpa, Level};
 /// touch those bytes.
 /// [`heavy_barrier`](Self::heavy_barrier) and [`flush_tlbs`](Self::flush_tlbs) must order as they
 /// say: pages are freed on the strength of it.
+// UNSAFETY: the declaration; the duties of an implementation are above.
+#[expect(unsafe_code)]
 pub unsafe trait Host: Send + Sync {
     /// Takes one 4 KiB page for a table, 4 KiB aligned, with any content. `None` when there is none.
     ///
