@@ -285,8 +285,15 @@ impl Cpu {
 
     /// Translates a guest-linear address by the guest's page tables, as a supervisor's read would,
     /// without changing anything. `None` if the address does not translate.
-    pub fn translate(&mut self, gva: u64) -> Option<Translation> {
-        self.core.translate(gva)
+    ///
+    /// The tables are read by `read`, 8 bytes at a guest-physical address that is a multiple of 8,
+    /// since the second stage may not map them yet; it answers `None` where no memory is.
+    pub fn translate(
+        &self,
+        gva: u64,
+        mut read: impl FnMut(Gpa) -> Option<u64>,
+    ) -> Option<Translation> {
+        self.core.translate(gva, &mut read)
     }
 
     /// Lets the next execution of the current instruction treat the page of `gpa` as memory that

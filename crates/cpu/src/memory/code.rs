@@ -1,0 +1,124 @@
+//! Which host pages hold code that some vCPU has decoded, and how often such code was written.
+//!
+//! Decoded blocks are private to a vCPU and are compared with memory when something may have
+//! changed. What has to be noticed here is a store by a vCPU of the machine into a page that code
+//! was decoded from. Such stores must not cost anything elsewhere, so the question "does this page
+//! hold code?" is asked when permission to write a page is cached, not when it is written: for a
+//! page that holds code the permission is never cached, and each store goes the long way.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use twofold_arch::{Hpa, PAGE_SHIFT};
+
+/// log2 of the number of bits. Two pages that share one cost a few slow stores, nothing else.
+const BITS_SHIFT: u32 = 17;
+
+/// A set of host pages, by hash: it may hold pages that were not put into it.
+#[derive(Debug)]
+struct Pages(Box<[AtomicU64]>);
+
+/// The pages of a machine that code was decoded from.
+#[derive(Debug)]
+pub(crate) struct CodePages {
+    /// Permission to write these is not cached any more.
+    noted: Pages,
+    /// And no vCPU has such a permission from earlier.
+    settled: Pages,
+    generation: AtomicU64,
+}
+
+impl Pages {
+    fn new() -> Self {
+        Self(
+            (0..1usize << (BITS_SHIFT - 6))
+                .map(|_| AtomicU64::new(0))
+                .collect(),
+        )
+    }
+
+    fn place(page: Hpa) -> (usize, u64) {
+        let frame = page.get() >> PAGE_SHIFT;
+        let bit = frame.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - BITS_SHIFT);
+        ((bit >> 6) as usize, 1 << (bit & 63))
+    }
+
+    fn contains(&self, page: Hpa) -> bool {
+        let (word, bit) = Self::place(page);
+        self.0[word].load(Ordering::Acquire) & bit != 0
+    }
+
+    fn insert(&self, page: Hpa) {
+        let (word, bit) = Self::place(page);
+        self.0[word].fetch_or(bit, Ordering::SeqCst);
+    }
+}
+
+impl CodePages {
+    pub(crate) fn new() -> Self {
+        Self {
+            noted: Pages::new(),
+            settled: Pages::new(),
+            generation: AtomicU64::new(0),
+        }
+    }
+
+    /// Whether stores to the page have to be announced: code was decoded from it, or is about to
+    /// be.
+    pub(crate) fn contains(&self, page: Hpa) -> bool {
+        self.noted.contains(page)
+    }
+
+    /// Whether every store to the page is announced, so that code may be decoded from it.
+    pub(crate) fn is_settled(&self, page: Hpa) -> bool {
+        self.settled.contains(page)
+    }
+
+    /// Notes that code is about to be decoded from a page. Every vCPU of the machine has to drop
+    /// its cached permissions to write before the page is [settled](CodePages::settle).
+    pub(crate) fn note(&self, page: Hpa) {
+        self.noted.insert(page);
+    }
+
+    /// No vCPU has a cached permission to write the page any more.
+    pub(crate) fn settle(&self, page: Hpa) {
+        self.settled.insert(page);
+    }
+
+    /// A store into a page with code has happened: whoever sees the new count sees the store.
+    pub(crate) fn changed(&self) {
+        self.generation.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// How many stores into pages with code have happened. Blocks that were compared with memory
+    /// at another count have to be compared again.
+    #[inline(always)]
+    pub(crate) fn generation(&self) -> u64 {
+        // Acquire costs nothing on x86: the bytes are read after the count.
+        self.generation.load(Ordering::Acquire)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn code_is_decoded_only_from_pages_that_nobody_writes_unnoticed() {
+        let pages = CodePages::new();
+        let page = Hpa::new(0x7f12_3456_7000);
+        assert!(!pages.contains(page) && !pages.is_settled(page));
+        pages.note(page);
+        assert!(pages.contains(page) && !pages.is_settled(page));
+        pages.settle(page);
+        assert!(pages.contains(page) && pages.is_settled(page));
+    }
+
+    #[test]
+    fn neighbouring_pages_do_not_share_a_bit() {
+        let pages = CodePages::new();
+        for i in 0..64u64 {
+            let page = Hpa::new(0x7f12_3450_0000 + i * 4096);
+            assert!(!pages.contains(page), "page {i}");
+            pages.note(page);
+        }
+    }
+}

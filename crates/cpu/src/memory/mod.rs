@@ -1,0 +1,532 @@
+//! Guest memory as the processor sees it: from a linear address to a value.
+//!
+//! An access first asks the [`tlb`]; a hit is a compare and an add to a host pointer. A miss walks
+//! the guest's tables ([`stage1`], every step of which is itself a second-stage access) and the
+//! hypervisor's ([`stage2`]). What the second stage does not translate is either the hypervisor's
+//! to fix, or memory that it emulates ([`mmio`]). Host memory is touched by [`access`] only.
+//! [`code`] notices stores into pages from which code was decoded.
+
+pub(crate) mod access;
+pub(crate) mod code;
+mod data;
+mod fetch;
+mod mmio;
+mod stage1;
+mod stage2;
+mod tlb;
+
+pub(crate) use access::Datum;
+pub(crate) use fetch::CodeBytes;
+pub use stage2::SecondStage;
+
+use crate::core_state::Core;
+use crate::line::Request;
+use crate::machine::Machine;
+use crate::state::rflags;
+use crate::trap::{Exception, Exit, SecondStageFault, Trap, UnknownInstruction, vector};
+use access::Vanished;
+use mmio::Mmio;
+use stage1::{Failure, GuestTables, LinearAccess, Mapping, Paging};
+use stage2::{GuestAccess, HostPage, Operation, Purpose, Rights, Walker};
+use tlb::{Allowed, Set, Tlb};
+use twofold_arch::{Gpa, Hpa};
+
+/// log2 of the page size.
+const PAGE_SHIFT: u32 = twofold_arch::PAGE_SHIFT;
+/// The address bits above the offset within a page.
+const PAGE_MASK: u64 = !(twofold_arch::PAGE_SIZE - 1);
+
+/// What a linear address translates to, as [`Cpu::translate`](crate::Cpu::translate) tells it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Translation {
+    /// The guest-physical address.
+    pub gpa: Gpa,
+    /// The guest's tables allow writes.
+    pub writable: bool,
+    /// The page belongs to user mode.
+    pub user: bool,
+    /// The guest's tables allow instruction fetches.
+    pub executable: bool,
+}
+
+/// The memory half of a vCPU.
+pub(crate) struct Memory {
+    tlb: Tlb,
+    /// Index of the first TLB entry of the set that explicit data accesses use now.
+    data_base: usize,
+    paging: Paging,
+    walker: Walker,
+    table_pages: TablePages,
+    mmio: Mmio,
+    /// The last #GP was raised because a linear address was not canonical. An access through SS
+    /// raises #SS instead, and only the instruction knows which segment it used.
+    pub(crate) not_canonical: bool,
+}
+
+/// A page of guest tables that was translated.
+#[derive(Clone, Copy)]
+struct TablePage {
+    /// Guest-physical address, or 1.
+    gpa: u64,
+    host: usize,
+    hpa: Hpa,
+    writable: bool,
+}
+
+/// Pages that hold the guest's tables: the walk meets the same ones again and again.
+struct TablePages([TablePage; Self::COUNT]);
+
+impl TablePages {
+    const COUNT: usize = 64;
+    const EMPTY: TablePage = TablePage {
+        gpa: 1,
+        host: 0,
+        hpa: Hpa::new(0),
+        writable: false,
+    };
+
+    fn slot(gpa: u64) -> usize {
+        // Tables are often neighbours; those of different levels often are not.
+        let frame = gpa >> PAGE_SHIFT;
+        (frame ^ frame >> 6) as usize & (Self::COUNT - 1)
+    }
+
+    fn flush(&mut self) {
+        self.0 = [Self::EMPTY; Self::COUNT];
+    }
+}
+
+impl Memory {
+    pub(crate) fn new(machine: &Machine) -> Self {
+        Self {
+            tlb: Tlb::new(),
+            data_base: Set::Supervisor.base(),
+            paging: Paging::default(),
+            walker: Walker::none(machine),
+            table_pages: TablePages([TablePages::EMPTY; TablePages::COUNT]),
+            mmio: Mmio::default(),
+            not_canonical: false,
+        }
+    }
+}
+
+/// Where a guest-physical address leads.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Place {
+    /// An address in this process.
+    Host(usize),
+    /// Memory that the hypervisor emulates.
+    Emulated(u64),
+}
+
+/// A translated data access within one page.
+#[derive(Clone, Copy, Debug)]
+struct Target {
+    place: Place,
+    /// Code was decoded from the page: a store has to be announced.
+    code: bool,
+}
+
+impl Core {
+    /// Chooses the second-stage tables. Forgets every translation unless they are the same.
+    pub(crate) fn set_second_stage(&mut self, second_stage: SecondStage) {
+        self.mem.walker = Walker::new(&self.machine, second_stage);
+        self.flush_tlb();
+    }
+
+    /// Forgets every cached translation and looks at the control registers anew. Called after
+    /// every change of CR0, CR3, CR4 or IA32_EFER that concerns paging.
+    pub(crate) fn flush_tlb(&mut self) {
+        self.mem.tlb.flush();
+        self.mem.table_pages.flush();
+        self.mem.paging = Paging::new(
+            self.cr0,
+            self.cr3,
+            self.cr4,
+            self.efer,
+            self.machine.config().maxphyaddr,
+        );
+        self.update_rights();
+        self.epoch += 1;
+        self.counters.tlb_flushes += 1;
+    }
+
+    /// Forgets the translation of one linear address (INVLPG).
+    pub(crate) fn flush_page(&mut self, linear: u64) {
+        self.mem.tlb.flush_page(linear);
+        self.mem.table_pages.flush();
+        self.epoch += 1;
+    }
+
+    /// Looks anew at whose rights data accesses have. Called after every change of
+    /// [`Core::user`], and of RFLAGS.AC while CR4.SMAP is set.
+    #[inline]
+    pub(crate) fn update_rights(&mut self) {
+        let set = if self.user {
+            Set::User
+        } else if self.mem.paging.smap() && self.flags.system() & rflags::AC != 0 {
+            Set::SupervisorAc
+        } else {
+            Set::Supervisor
+        };
+        self.mem.data_base = set.base();
+    }
+
+    /// Meets what other threads have asked of this vCPU, in guest mode, between two instructions.
+    /// Returns whether `run()` is to return [`Exit::Kicked`]; that request stays posted.
+    #[cold]
+    pub(crate) fn serve_requests(&mut self) -> bool {
+        loop {
+            let pending = self.line.pending();
+            if pending.contains(Request::PAUSE) {
+                self.line.leave();
+                self.machine.wait_for_exclusive();
+                self.line.enter();
+                continue;
+            }
+            if pending.contains(Request::FLUSH_TLB) {
+                // Cleared before the flush: a request that arrives later is met once more.
+                self.line.clear(Request::FLUSH_TLB | Request::DROP_WRITES);
+                self.flush_tlb();
+                self.line.pass();
+                continue;
+            }
+            if pending.contains(Request::DROP_WRITES) {
+                self.line.clear(Request::DROP_WRITES);
+                self.mem.tlb.drop_writes();
+                self.line.pass();
+                continue;
+            }
+            return pending.contains(Request::EXIT);
+        }
+    }
+
+    /// Translates by the guest's tables alone, which `read` supplies 8 bytes at a time at a
+    /// guest-physical address that is a multiple of 8, as a supervisor's read would, without
+    /// changing anything.
+    pub(crate) fn translate(
+        &self,
+        gva: u64,
+        read: &mut dyn FnMut(Gpa) -> Option<u64>,
+    ) -> Option<Translation> {
+        struct Looked<'a>(&'a mut dyn FnMut(Gpa) -> Option<u64>);
+        impl GuestTables for Looked<'_> {
+            type Error = std::convert::Infallible;
+            fn read(&mut self, gpa: u64, bytes: u64) -> Result<Option<u64>, Self::Error> {
+                let word = (self.0)(Gpa::new(gpa & !7));
+                Ok(word.map(|word| {
+                    if bytes == 4 {
+                        word >> (gpa & 4) * 8 & 0xffff_ffff
+                    } else {
+                        word
+                    }
+                }))
+            }
+            fn set_flags(&mut self, _: u64, _: u64, _: u64, _: u64) -> Result<bool, Self::Error> {
+                Ok(true)
+            }
+        }
+        if !self.mem.paging.is_canonical(gva) {
+            return None;
+        }
+        let access = LinearAccess {
+            write: false,
+            fetch: false,
+            user: false,
+            smap_suspended: true,
+        };
+        let mapping = self.mem.paging.walk(&mut Looked(read), gva, access).ok()?;
+        Some(Translation {
+            gpa: Gpa::new(mapping.gpa),
+            writable: mapping.writable,
+            user: mapping.user,
+            executable: !mapping.no_execute,
+        })
+    }
+
+    /// Lets the instruction at RIP treat the page of `gpa` as memory that the hypervisor emulates.
+    pub(crate) fn allow_mmio(&mut self, gpa: Gpa) {
+        self.mem.mmio.allow(self.rip, gpa);
+    }
+
+    /// Takes the hypervisor's answer to [`Exit::MmioRead`].
+    pub(crate) fn complete_mmio_read(&mut self, data: &[u8]) {
+        self.mem.mmio.answer(data);
+    }
+
+    /// Whether the hypervisor owes the answer to a read of emulated memory, or is owed writes.
+    pub(crate) fn mmio_in_progress(&self) -> bool {
+        self.mem.mmio.owes()
+    }
+
+    /// Starts an attempt to execute the instruction at RIP. Returns whether it touches emulated
+    /// memory as far as is known: then exactly one instruction (of a repeated one, one iteration)
+    /// is to be executed, followed by [`Core::mmio_retire`] if it completes.
+    pub(crate) fn mmio_attempt(&mut self) -> bool {
+        self.mem.mmio.attempt(self.rip);
+        self.mem.mmio.in_progress()
+    }
+
+    /// The instruction, the iteration, or the delivery of an event, has completed. Its writes to
+    /// emulated memory are now owed: see [`Core::mmio_deliver`].
+    pub(crate) fn mmio_retire(&mut self) {
+        self.mem.mmio.retire();
+    }
+
+    /// The next write to emulated memory that is owed to the hypervisor.
+    pub(crate) fn mmio_deliver(&mut self) -> Option<Exit> {
+        self.mem.mmio.deliver()
+    }
+
+    /// Raises #PF.
+    #[cold]
+    fn page_fault(&mut self, linear: u64, error_code: u32) -> Trap {
+        self.raise(Exception {
+            vector: vector::PF,
+            error_code: Some(error_code),
+            payload: Some(linear),
+        })
+    }
+
+    /// Raises #GP for an address that is not canonical.
+    #[cold]
+    fn not_canonical(&mut self) -> Trap {
+        self.mem.not_canonical = true;
+        self.general_protection(0)
+    }
+
+    /// Leaves because host memory is gone.
+    #[cold]
+    fn vanished(&mut self, pointer: usize) -> Trap {
+        self.leave(Exit::HostFault {
+            hva: pointer as u64,
+        })
+    }
+
+    /// Leaves because an access to emulated memory is not something this processor, or KVM's
+    /// emulator, does.
+    #[cold]
+    fn unknown(&mut self) -> Trap {
+        self.leave(Exit::Unknown(UnknownInstruction {
+            bytes: [0; 15],
+            len: 0,
+            mnemonic: iced_x86::Mnemonic::INVALID,
+        }))
+    }
+
+    #[cold]
+    fn mmio_stop(&mut self, stop: mmio::Stop) -> Trap {
+        match stop {
+            mmio::Stop::Exit(exit) => self.leave(exit),
+            mmio::Stop::TooMany => self.unknown(),
+        }
+    }
+
+    /// Walks the guest's tables.
+    fn first_stage(&mut self, linear: u64, access: LinearAccess) -> Result<Mapping, Trap> {
+        let paging = self.mem.paging;
+        if !paging.is_canonical(linear) {
+            return Err(self.not_canonical());
+        }
+        match paging.walk(&mut NestedTables { core: self, linear }, linear, access) {
+            Ok(mapping) => Ok(mapping),
+            Err(Failure::PageFault(error_code)) => Err(self.page_fault(linear, error_code)),
+            Err(Failure::Tables(trap)) => Err(trap),
+        }
+    }
+
+    /// Walks the second stage for the final address of a translation. `None`: the page is emulated
+    /// for the instruction in progress.
+    fn final_stage(
+        &mut self,
+        linear: u64,
+        mapping: &Mapping,
+        operation: Operation,
+    ) -> Result<Option<HostPage>, Trap> {
+        let access = GuestAccess {
+            gpa: mapping.gpa,
+            operation,
+            linear,
+            purpose: Purpose::Final {
+                user: mapping.user,
+                writable: mapping.writable,
+                no_execute: mapping.no_execute,
+            },
+        };
+        match self.mem.second_stage(&self.machine, &access) {
+            Ok(page) => Ok(Some(page)),
+            Err(Exit::SecondStage(_)) if self.mem.mmio.allows(mapping.gpa) => Ok(None),
+            Err(exit) => Err(self.leave(exit)),
+        }
+    }
+
+    /// Translates a data access within one page and caches the translation.
+    fn translate_data(&mut self, linear: u64, write: bool, set: Set) -> Result<Target, Trap> {
+        self.counters.tlb_misses += 1;
+        let access = LinearAccess {
+            write,
+            fetch: false,
+            user: set == Set::User,
+            smap_suspended: set == Set::SupervisorAc,
+        };
+        let mapping = self.first_stage(linear, access)?;
+        let operation = if write {
+            Operation::Write
+        } else {
+            Operation::Read
+        };
+        let Some(page) = self.final_stage(linear, &mapping, operation)? else {
+            return Ok(Target {
+                place: Place::Emulated(mapping.gpa),
+                code: false,
+            });
+        };
+        let host = self.machine.host(page.hpa);
+        let code = self.machine.code().contains(page.hpa);
+        let allowed = Allowed {
+            read: page.rights.contains(Rights::READ),
+            write: !code
+                && mapping.dirty
+                && page.dirty
+                && page.rights.contains(Rights::WRITE)
+                && (write
+                    || self.mem.paging.permits(
+                        &mapping,
+                        LinearAccess {
+                            write: true,
+                            ..access
+                        },
+                    )),
+            execute: false,
+        };
+        self.mem.tlb.fill(
+            set,
+            linear,
+            (host as u64).wrapping_sub(linear & PAGE_MASK),
+            allowed,
+            (mapping.size > 1 << PAGE_SHIFT).then_some(mapping.size),
+        );
+        Ok(Target {
+            place: Place::Host(host + (linear & !PAGE_MASK) as usize),
+            code,
+        })
+    }
+
+    /// The set that explicit data accesses use now.
+    fn data_set(&self) -> Set {
+        if self.mem.data_base == Set::User.base() {
+            Set::User
+        } else if self.mem.data_base == Set::SupervisorAc.base() {
+            Set::SupervisorAc
+        } else {
+            Set::Supervisor
+        }
+    }
+}
+
+/// The guest's tables, reached through the second stage.
+struct NestedTables<'a> {
+    core: &'a mut Core,
+    linear: u64,
+}
+
+impl NestedTables<'_> {
+    /// The page of guest tables that holds `gpa`. `None`: the hypervisor has nothing there.
+    fn page(&mut self, gpa: u64, write: bool) -> Result<Option<TablePage>, Trap> {
+        let page = gpa & PAGE_MASK;
+        let cached = self.core.mem.table_pages.0[TablePages::slot(gpa)];
+        if cached.gpa == page && (cached.writable || !write) {
+            return Ok(Some(cached));
+        }
+        let write = write || self.core.mem.walker.guest_tables_are_written();
+        let access = GuestAccess {
+            gpa,
+            operation: if write {
+                Operation::Write
+            } else {
+                Operation::Read
+            },
+            linear: self.linear,
+            purpose: Purpose::GuestTable,
+        };
+        match self.core.mem.second_stage(&self.core.machine, &access) {
+            Ok(HostPage { hpa, .. }) => {
+                let host = self.core.machine.host(hpa);
+                let entry = TablePage {
+                    gpa: page,
+                    host,
+                    hpa,
+                    writable: write,
+                };
+                self.core.mem.table_pages.0[TablePages::slot(gpa)] = entry;
+                Ok(Some(entry))
+            }
+            Err(Exit::SecondStage(_)) if self.core.mem.mmio.allows(gpa) => Ok(None),
+            Err(exit) => Err(self.core.leave(exit)),
+        }
+    }
+}
+
+impl GuestTables for NestedTables<'_> {
+    type Error = Trap;
+
+    fn read(&mut self, gpa: u64, bytes: u64) -> Result<Option<u64>, Trap> {
+        let Some(page) = self.page(gpa, false)? else {
+            return Ok(None);
+        };
+        let place = page.host + (gpa & !PAGE_MASK) as usize;
+        let pointer = std::ptr::with_exposed_provenance::<u8>(place);
+        #[expect(unsafe_code)]
+        // UNSAFETY: the guest's tables are guest memory.
+        // SAFETY: the second stage translated the page since the last flush, and the vCPU is in
+        // guest mode.
+        let value = unsafe {
+            if bytes == 4 {
+                u32::load(pointer).map(u64::from)
+            } else {
+                u64::load(pointer)
+            }
+        };
+        value
+            .map(Some)
+            .map_err(|Vanished| self.core.vanished(place))
+    }
+
+    fn set_flags(&mut self, gpa: u64, bytes: u64, old: u64, flags: u64) -> Result<bool, Trap> {
+        let Some(page) = self.page(gpa, true)? else {
+            return Ok(true);
+        };
+        let place = page.host + (gpa & !PAGE_MASK) as usize;
+        let pointer = std::ptr::with_exposed_provenance_mut::<u8>(place);
+        #[expect(unsafe_code)]
+        // UNSAFETY: the guest's tables are guest memory.
+        // SAFETY: as for `read`, and the second stage allowed the write.
+        let found = unsafe {
+            if bytes == 4 {
+                u32::compare_exchange(pointer, old as u32, (old | flags) as u32).map(u64::from)
+            } else {
+                u64::compare_exchange(pointer, old, old | flags)
+            }
+        };
+        match found {
+            Ok(found) => {
+                if self.core.machine.code().contains(page.hpa) {
+                    self.core.code_written();
+                }
+                Ok(found == old)
+            }
+            Err(Vanished) => Err(self.core.vanished(place)),
+        }
+    }
+}
+
+impl SecondStageFault {
+    /// The guest-physical address that was accessed.
+    pub fn gpa(&self) -> Gpa {
+        match *self {
+            Self::EptViolation { gpa, .. }
+            | Self::EptMisconfiguration { gpa }
+            | Self::NestedPageFault { gpa, .. } => gpa,
+        }
+    }
+}

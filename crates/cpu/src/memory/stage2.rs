@@ -1,0 +1,449 @@
+//! The second-stage walk: from a guest-physical address to host memory, through EPT or NPT.
+//!
+//! The walk is the hardware's. It reads the entries that the hypervisor wrote, knows only the
+//! architecture's bits, sets accessed and dirty flags in the tables themselves by
+//! compare-exchange, and reports a failure as the processor does: an EPT violation with its
+//! qualification, an EPT misconfiguration, or a nested page fault with its error code.
+
+use super::access::{Datum, Vanished};
+use super::{Memory, PAGE_MASK, PAGE_SHIFT};
+use crate::machine::{Machine, SecondStageKind};
+use crate::trap::{Exit, SecondStageFault};
+use bitflags::bitflags;
+use twofold_arch::ept::{self, EptCaps, EptEntry, EptFlags, Eptp, Qualification};
+use twofold_arch::npt::{self, NptCaps, NptEntry, NptFlags};
+use twofold_arch::{Gpa, Hpa, Level, Pferr};
+
+/// Where the second-stage tables are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum SecondStage {
+    /// Extended page tables.
+    Ept(Eptp),
+    /// Nested page tables.
+    Npt {
+        /// The root table (nCR3).
+        root: Hpa,
+        /// Its level: [`Level::L512G`] or [`Level::L256T`].
+        level: Level,
+    },
+}
+
+bitflags! {
+    /// What the entries of a walk allow together.
+    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+    pub(crate) struct Rights: u8 {
+        const READ = 1;
+        const WRITE = 2;
+        const EXECUTE = 4;
+    }
+}
+
+/// What is done at a guest-physical address.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Operation {
+    Read,
+    Write,
+    Fetch,
+}
+
+/// On whose behalf a guest-physical address is accessed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Purpose {
+    /// It is what a linear address translates to. What the guest's own tables say about that
+    /// address is reported with a violation.
+    Final {
+        user: bool,
+        writable: bool,
+        no_execute: bool,
+    },
+    /// The guest's page walk reads one of the guest's table entries, or sets its A or D flag.
+    GuestTable,
+}
+
+/// An access to a guest-physical address.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GuestAccess {
+    pub(crate) gpa: u64,
+    pub(crate) operation: Operation,
+    /// The linear address that is being translated or accessed.
+    pub(crate) linear: u64,
+    pub(crate) purpose: Purpose,
+}
+
+/// A 4 KiB page of host memory that a guest-physical address translates to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct HostPage {
+    pub(crate) hpa: Hpa,
+    pub(crate) rights: Rights,
+    /// The leaf's dirty flag is set, or there is none to set.
+    pub(crate) dirty: bool,
+}
+
+/// What an entry means, whatever its format.
+enum Decoded {
+    NotPresent,
+    Table { hpa: Hpa, rights: Rights },
+    Leaf { hpa: Hpa, rights: Rights },
+    Malformed,
+}
+
+/// Why a walk failed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Failure {
+    /// What the entries that were read allow together; nothing if one was not present.
+    Denied { rights: Rights, present: bool },
+    /// The processor refuses an entry.
+    Malformed,
+}
+
+/// A table format, and where the tables are.
+trait Format: Copy {
+    /// The accessed flag of an entry.
+    const ACCESSED: u64;
+    /// The dirty flag of a leaf.
+    const DIRTY: u64;
+    fn root(self) -> (Hpa, Level);
+    /// Whether A and D flags exist. With them, an access to a guest table counts as a write.
+    fn flags_managed(self) -> bool;
+    fn decode(self, entry: u64, level: Level) -> Decoded;
+    fn fault(self, failure: Failure, access: &GuestAccess) -> SecondStageFault;
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Ept {
+    pointer: Eptp,
+    caps: EptCaps,
+}
+
+impl Format for Ept {
+    const ACCESSED: u64 = EptFlags::ACCESSED.bits();
+    const DIRTY: u64 = EptFlags::DIRTY.bits();
+
+    fn root(self) -> (Hpa, Level) {
+        (self.pointer.root, self.pointer.level)
+    }
+
+    fn flags_managed(self) -> bool {
+        self.pointer.accessed_dirty
+    }
+
+    #[inline(always)]
+    fn decode(self, entry: u64, level: Level) -> Decoded {
+        // R, W and X are bits 0 to 2 of an entry, as they are of `Rights`.
+        let rights = |flags: EptFlags| Rights::from_bits_truncate(flags.bits() as u8);
+        match ept::decode(entry, level, self.caps) {
+            EptEntry::NotPresent { .. } => Decoded::NotPresent,
+            EptEntry::Table { hpa, flags } => Decoded::Table {
+                hpa,
+                rights: rights(flags),
+            },
+            EptEntry::Leaf { hpa, flags, .. } => Decoded::Leaf {
+                hpa,
+                rights: rights(flags),
+            },
+            EptEntry::Misconfig(_) => Decoded::Malformed,
+        }
+    }
+
+    #[cold]
+    fn fault(self, failure: Failure, access: &GuestAccess) -> SecondStageFault {
+        let gpa = Gpa::new(access.gpa);
+        let Failure::Denied { rights, .. } = failure else {
+            return SecondStageFault::EptMisconfiguration { gpa };
+        };
+        let mut qualification = match (access.operation, access.purpose) {
+            // SDM Vol. 3, "EPT Violations": with accessed and dirty flags enabled, accesses to
+            // guest paging structures are both.
+            (Operation::Write, Purpose::GuestTable) if self.flags_managed() => {
+                Qualification::READ | Qualification::WRITE
+            }
+            (Operation::Read, _) => Qualification::READ,
+            (Operation::Write, _) => Qualification::WRITE,
+            (Operation::Fetch, _) => Qualification::FETCH,
+        };
+        qualification |= Qualification::LINEAR_VALID;
+        qualification.set(Qualification::ENTRY_READ, rights.contains(Rights::READ));
+        qualification.set(Qualification::ENTRY_WRITE, rights.contains(Rights::WRITE));
+        qualification.set(
+            Qualification::ENTRY_EXECUTE,
+            rights.contains(Rights::EXECUTE),
+        );
+        if let Purpose::Final {
+            user,
+            writable,
+            no_execute,
+        } = access.purpose
+        {
+            qualification |= Qualification::FINAL;
+            qualification.set(Qualification::LINEAR_USER, user);
+            qualification.set(Qualification::LINEAR_WRITABLE, writable);
+            qualification.set(Qualification::LINEAR_NO_EXECUTE, no_execute);
+        }
+        SecondStageFault::EptViolation {
+            gpa,
+            qualification: qualification.bits(),
+            gla: access.linear,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Npt {
+    root: Hpa,
+    level: Level,
+    caps: NptCaps,
+}
+
+impl Format for Npt {
+    const ACCESSED: u64 = NptFlags::ACCESSED.bits();
+    const DIRTY: u64 = NptFlags::DIRTY.bits();
+
+    fn root(self) -> (Hpa, Level) {
+        (self.root, self.level)
+    }
+
+    fn flags_managed(self) -> bool {
+        true
+    }
+
+    #[inline(always)]
+    fn decode(self, entry: u64, level: Level) -> Decoded {
+        // Every nested access is a user access: without U nothing is allowed.
+        let rights = |flags: NptFlags| {
+            if !flags.contains(NptFlags::USER) {
+                return Rights::empty();
+            }
+            let mut rights = Rights::READ;
+            rights.set(Rights::WRITE, flags.contains(NptFlags::WRITE));
+            rights.set(Rights::EXECUTE, !flags.contains(NptFlags::NO_EXECUTE));
+            rights
+        };
+        match npt::decode(entry, level, self.caps) {
+            NptEntry::NotPresent => Decoded::NotPresent,
+            NptEntry::Table { hpa, flags } => Decoded::Table {
+                hpa,
+                rights: rights(flags),
+            },
+            NptEntry::Leaf { hpa, flags } => Decoded::Leaf {
+                hpa,
+                rights: rights(flags),
+            },
+            NptEntry::Reserved(_) => Decoded::Malformed,
+        }
+    }
+
+    #[cold]
+    fn fault(self, failure: Failure, access: &GuestAccess) -> SecondStageFault {
+        let mut error = Pferr::USER;
+        match failure {
+            Failure::Denied { present, .. } => error.set(Pferr::PRESENT, present),
+            Failure::Malformed => error |= Pferr::PRESENT | Pferr::RSVD,
+        }
+        error.set(Pferr::WRITE, access.operation == Operation::Write);
+        error.set(Pferr::FETCH, access.operation == Operation::Fetch);
+        error |= match access.purpose {
+            Purpose::Final { .. } => Pferr::GUEST_FINAL,
+            Purpose::GuestTable => Pferr::GUEST_PAGE,
+        };
+        SecondStageFault::NestedPageFault {
+            gpa: Gpa::new(access.gpa),
+            error: error.bits(),
+        }
+    }
+}
+
+/// The tables in use.
+#[derive(Clone, Copy, Debug)]
+enum Tables {
+    Ept(Ept),
+    Npt(Npt),
+}
+
+/// The second stage of one vCPU.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Walker {
+    tables: Tables,
+}
+
+impl Walker {
+    /// A walker before the hypervisor has chosen tables: it finds no translation.
+    pub(crate) fn none(machine: &Machine) -> Self {
+        // A root at level 1 covers one table's worth of addresses; the address is never used,
+        // because `translate` refuses a null root.
+        let second_stage = match machine.config().second_stage {
+            SecondStageKind::Ept => SecondStage::Ept(Eptp::new(Hpa::new(0), Level::L512G, true)),
+            SecondStageKind::Npt => SecondStage::Npt {
+                root: Hpa::new(0),
+                level: Level::L512G,
+            },
+        };
+        Self::new(machine, second_stage)
+    }
+
+    pub(crate) fn new(machine: &Machine, second_stage: SecondStage) -> Self {
+        let maxphyaddr = machine.config().maxphyaddr;
+        let tables = match second_stage {
+            SecondStage::Ept(pointer) => Tables::Ept(Ept {
+                pointer,
+                caps: EptCaps::full(maxphyaddr),
+            }),
+            SecondStage::Npt { root, level } => Tables::Npt(Npt {
+                root,
+                level,
+                caps: NptCaps::full(maxphyaddr),
+            }),
+        };
+        Self { tables }
+    }
+
+    /// Whether a read of a guest table entry counts as a write of the page that holds it.
+    pub(crate) fn guest_tables_are_written(&self) -> bool {
+        match self.tables {
+            Tables::Ept(format) => format.flags_managed(),
+            Tables::Npt(format) => format.flags_managed(),
+        }
+    }
+
+    /// Translates, and sets accessed and dirty flags.
+    ///
+    /// # Errors
+    /// What the processor leaves the guest with.
+    pub(crate) fn translate(
+        &self,
+        machine: &Machine,
+        access: &GuestAccess,
+    ) -> Result<HostPage, Exit> {
+        match self.tables {
+            Tables::Ept(format) => walk(machine, format, access),
+            Tables::Npt(format) => walk(machine, format, access),
+        }
+    }
+}
+
+fn walk<F: Format>(machine: &Machine, format: F, access: &GuestAccess) -> Result<HostPage, Exit> {
+    let (root, root_level) = format.root();
+    let wanted = match access.operation {
+        Operation::Read => Rights::READ,
+        Operation::Write => Rights::WRITE,
+        Operation::Fetch => Rights::EXECUTE,
+    };
+    let refuse = |failure| Err(Exit::SecondStage(format.fault(failure, access)));
+    // Addresses that the root does not cover are not translated by anything.
+    if root.get() == 0 || access.gpa >> (root_level.shift() + 9) != 0 {
+        return refuse(Failure::Denied {
+            rights: Rights::empty(),
+            present: false,
+        });
+    }
+    let gfn = Gpa::new(access.gpa).frame();
+    'again: loop {
+        let mut rights = Rights::all();
+        let mut table = root;
+        let mut level = root_level;
+        // Entries of this walk that lack an accessed flag.
+        let mut stale = [(0usize, 0u64); 5];
+        let mut stale_count = 0;
+        loop {
+            let place = machine.host(table) + level.index(gfn) * size_of::<u64>();
+            let entry = read_entry(place)?;
+            let (hpa, allowed, leaf) = match format.decode(entry, level) {
+                Decoded::NotPresent => {
+                    return refuse(Failure::Denied {
+                        rights: Rights::empty(),
+                        present: false,
+                    });
+                }
+                Decoded::Malformed => return refuse(Failure::Malformed),
+                Decoded::Table { hpa, rights } => (hpa, rights, false),
+                Decoded::Leaf { hpa, rights } => (hpa, rights, true),
+            };
+            rights &= allowed;
+            if !leaf {
+                if format.flags_managed() && entry & F::ACCESSED == 0 {
+                    stale[stale_count] = (place, entry);
+                    stale_count += 1;
+                }
+                table = hpa;
+                // A leaf is found at level 1 at the latest: the formats know no other entry there.
+                let Some(below) = level.below() else {
+                    return refuse(Failure::Malformed);
+                };
+                level = below;
+                continue;
+            }
+            if !rights.contains(wanted) {
+                return refuse(Failure::Denied {
+                    rights,
+                    present: true,
+                });
+            }
+            let mut dirty = true;
+            if format.flags_managed() {
+                let mut flags = F::ACCESSED;
+                if access.operation == Operation::Write {
+                    flags |= F::DIRTY;
+                } else {
+                    dirty = entry & F::DIRTY != 0;
+                }
+                for &(place, entry) in &stale[..stale_count] {
+                    if !exchange_entry(place, entry, entry | F::ACCESSED)? {
+                        continue 'again;
+                    }
+                }
+                if entry & flags != flags && !exchange_entry(place, entry, entry | flags)? {
+                    continue 'again;
+                }
+            }
+            let inside = access.gpa & (level.bytes() - 1) & PAGE_MASK;
+            return Ok(HostPage {
+                hpa: Hpa::new(hpa.get() | inside),
+                rights,
+                dirty,
+            });
+        }
+    }
+}
+
+/// Reads a table entry. Tables are the hypervisor's own memory and do not vanish, but a wrong root
+/// must not crash the program either.
+#[inline(always)]
+fn read_entry(place: usize) -> Result<u64, Exit> {
+    let pointer = std::ptr::with_exposed_provenance::<u8>(place);
+    #[expect(unsafe_code)]
+    // UNSAFETY: second-stage tables are raw memory.
+    // SAFETY: the address comes from the root or from an entry that points to a table; the MMU
+    // frees a table only after no vCPU can be walking it.
+    unsafe { u64::load(pointer) }.map_err(|Vanished| host_fault(place))
+}
+
+fn exchange_entry(place: usize, old: u64, new: u64) -> Result<bool, Exit> {
+    let pointer = std::ptr::with_exposed_provenance_mut::<u8>(place);
+    #[expect(unsafe_code)]
+    // UNSAFETY: second-stage tables are raw memory.
+    // SAFETY: as for `read_entry`.
+    let found = unsafe { u64::compare_exchange(pointer, old, new) };
+    found
+        .map(|found| found == old)
+        .map_err(|Vanished| host_fault(place))
+}
+
+#[cold]
+fn host_fault(place: usize) -> Exit {
+    Exit::HostFault { hva: place as u64 }
+}
+
+impl Memory {
+    /// Translates a guest-physical address to a page of host memory.
+    pub(crate) fn second_stage(
+        &self,
+        machine: &Machine,
+        access: &GuestAccess,
+    ) -> Result<HostPage, Exit> {
+        self.walker.translate(machine, access)
+    }
+}
+
+const _: () = assert!(
+    PAGE_SHIFT == 12,
+    "levels are shifted by what the formats prescribe"
+);
