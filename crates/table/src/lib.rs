@@ -1,2 +1,39 @@
-#![no_std]
-//! Placeholder.
+//! One table engine for every second-stage format.
+//!
+//! A [`Format`] says what entries look like; a [`Storage`] says how they are reached; the engine
+//! does the rest: it walks ([`Table`]), visits ranges ([`Cursor`]), builds tables in private and
+//! publishes them with one exchange, changes entries by compare-exchange and keeps account of what
+//! a change still owes ([`Debt`]): a TLB flush, and tables to give back once nobody can see them.
+//! Readers without a lock are waited for through [`section`].
+//!
+//! The engine allocates nothing, takes no lock and knows no policy.
+#![cfg_attr(not(any(test, loom)), no_std)]
+
+pub mod build;
+pub mod change;
+pub mod cursor;
+pub mod format;
+pub mod retire;
+pub mod section;
+pub mod storage;
+pub mod sync;
+pub mod walk;
+pub mod x86;
+
+#[cfg(test)]
+mod laws;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod toy;
+
+pub use build::{BuildError, PageSource};
+pub use change::{Debt, Frozen, Raced, Settled};
+pub use cursor::Cursor;
+pub use format::{Entry, Format, Height, Replacement};
+pub use retire::Leaves;
+pub use section::{Quiesced, ReaderWord, Section, wait_for_readers};
+#[cfg(not(loom))]
+pub use storage::RawPages;
+pub use storage::{At, PageAccess, Storage, TablePage};
+pub use walk::{Place, RootTable, Seen, Table};

@@ -1,0 +1,136 @@
+//! Tables in an arena of atomics: what the tests run the engine over, with the processor's
+//! atomics or with `loom`'s.
+
+// UNSAFETY: the tests promise that arena pages are allocated.
+#![expect(unsafe_code)]
+
+use crate::build::PageSource;
+use crate::format::{Format, Height};
+use crate::storage::{At, Storage, TablePage};
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::toy::SHIFT;
+use crate::walk::{RootTable, Table};
+use std::vec::Vec;
+use twofold_arch::Hpa;
+
+/// Pages of four entries, numbered from 1 (page 0 stands for "none" in lists). A page that is not
+/// allocated answers every access with a panic, so that a use after free is a failed test.
+pub(crate) struct Arena {
+    pages: Vec<Page>,
+}
+
+struct Page {
+    entries: [AtomicU64; 4],
+    allocated: AtomicU64,
+}
+
+impl Arena {
+    pub(crate) fn new(pages: usize) -> Self {
+        let page = |_| Page {
+            entries: std::array::from_fn(|_| AtomicU64::new(0xdead)),
+            allocated: AtomicU64::new(0),
+        };
+        Self {
+            pages: (0..pages).map(page).collect(),
+        }
+    }
+
+    fn page(&self, page: TablePage) -> &Page {
+        &self.pages[(page.hpa().get() >> SHIFT) as usize - 1]
+    }
+
+    fn entry(&self, at: At) -> &AtomicU64 {
+        let page = self.page(at.page());
+        assert_eq!(
+            page.allocated.load(Ordering::Relaxed),
+            1,
+            "{at:?} used after free"
+        );
+        &page.entries[at.index()]
+    }
+
+    pub(crate) fn allocate(&self) -> Option<TablePage> {
+        self.pages.iter().enumerate().find_map(|(number, page)| {
+            page.allocated
+                .compare_exchange(0, 1, Ordering::AcqRel, Ordering::Acquire)
+                .ok()
+                // SAFETY: the arena lives as long as any table of a test, and checks each access.
+                .map(|_| unsafe { TablePage::assume(Hpa::new((number as u64 + 1) << SHIFT)) })
+        })
+    }
+
+    pub(crate) fn free(&self, page: TablePage) {
+        assert_eq!(
+            self.page(page).allocated.swap(0, Ordering::AcqRel),
+            1,
+            "freed twice"
+        );
+    }
+
+    pub(crate) fn allocated(&self) -> usize {
+        self.pages
+            .iter()
+            .filter(|p| p.allocated.load(Ordering::Acquire) == 1)
+            .count()
+    }
+
+    pub(crate) fn root<F: Format>(&self, height: u8) -> RootTable {
+        let page = self.allocate().unwrap();
+        self.fill(page, F::ENTRIES, F::EMPTY);
+        RootTable {
+            page,
+            height: Height::new(height),
+            pages: 1,
+        }
+    }
+
+    pub(crate) fn table<F: Format>(&self, root: RootTable) -> Table<'_, F, Self> {
+        // SAFETY: the arena checks each access.
+        unsafe { Table::new(self, root) }
+    }
+}
+
+impl Storage for Arena {
+    fn load(&self, at: At) -> u64 {
+        self.entry(at).load(Ordering::Acquire)
+    }
+
+    fn store(&self, at: At, value: u64) {
+        self.entry(at).store(value, Ordering::Release);
+    }
+
+    fn swap(&self, at: At, value: u64) -> u64 {
+        self.entry(at).swap(value, Ordering::AcqRel)
+    }
+
+    fn compare_exchange(&self, at: At, old: u64, new: u64) -> Result<(), u64> {
+        let entry = self.entry(at);
+        entry
+            .compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire)
+            .map(|_| ())
+    }
+
+    fn fill(&self, page: TablePage, entries: usize, value: u64) {
+        for index in 0..entries {
+            self.store(At::new(page, index), value);
+        }
+    }
+}
+
+/// Takes pages straight from an arena, at most `limit`.
+pub(crate) struct Source<'a> {
+    pub(crate) arena: &'a Arena,
+    pub(crate) limit: usize,
+}
+
+impl PageSource for Source<'_> {
+    fn take(&mut self) -> Option<TablePage> {
+        self.limit = self.limit.checked_sub(1)?;
+        self.arena.allocate()
+    }
+
+    fn give_back(&mut self, page: TablePage) {
+        self.limit += 1;
+        self.arena.free(page);
+    }
+}

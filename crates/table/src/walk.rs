@@ -1,0 +1,181 @@
+//! Finding entries.
+//!
+//! ```text
+//!  root ──> table (height 4) ──> table (3) ──> table (2) ──> table (1) ──> page
+//!             └ index from the address's high bits      └ from its low bits
+//! ```
+
+// UNSAFETY: `Table::new` declares what the caller owes; nothing is dereferenced here.
+#![expect(unsafe_code)]
+
+use crate::format::{Entry, Format, Height};
+use crate::storage::{At, Storage, TablePage};
+use core::marker::PhantomData;
+use twofold_arch::{Gpa, Hpa};
+
+/// The top of a table: its first page, its height, and how many consecutive pages it has.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RootTable {
+    /// The first page.
+    pub page: TablePage,
+    /// The height of the root's entries.
+    pub height: Height,
+    /// Number of consecutive pages: 1, or more where a format concatenates roots.
+    pub pages: usize,
+}
+
+/// Which entry this is, and the first address it covers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Place {
+    pub(crate) at: At,
+    pub(crate) height: Height,
+    pub(crate) gpa: Gpa,
+}
+
+impl Place {
+    /// The height of the table that holds the entry.
+    pub const fn height(&self) -> Height {
+        self.height
+    }
+
+    /// The first address that the entry covers.
+    pub const fn gpa(&self) -> Gpa {
+        self.gpa
+    }
+
+    /// The table that holds the entry.
+    pub const fn table(&self) -> TablePage {
+        self.at.page()
+    }
+}
+
+/// An entry and the value it had when it was read. Every change starts from one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Seen {
+    pub(crate) place: Place,
+    pub(crate) value: u64,
+}
+
+impl Seen {
+    /// Which entry.
+    pub const fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// The value read.
+    pub const fn value(&self) -> u64 {
+        self.value
+    }
+
+    /// What the value means.
+    #[inline(always)]
+    pub fn entry<F: Format>(&self) -> Entry {
+        F::decode(self.value, self.place.height)
+    }
+}
+
+/// A table that can be walked and changed.
+pub struct Table<'s, F, S> {
+    pub(crate) storage: &'s S,
+    pub(crate) root: RootTable,
+    format: PhantomData<fn() -> F>,
+}
+
+impl<F, S> Clone for Table<'_, F, S> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<F, S> Copy for Table<'_, F, S> {}
+
+impl<'s, F: Format, S: Storage> Table<'s, F, S> {
+    /// The table below `root`.
+    ///
+    /// # Safety
+    /// As long as the value or anything it returned is used, every table page that can be reached
+    /// from `root`, or could when the value was made, must stay allocated: the caller is in a read
+    /// section that page reclamation waits for, or holds the lock that page reclamation needs.
+    #[inline(always)]
+    pub const unsafe fn new(storage: &'s S, root: RootTable) -> Self {
+        Self {
+            storage,
+            root,
+            format: PhantomData,
+        }
+    }
+
+    /// The root.
+    pub const fn root(&self) -> RootTable {
+        self.root
+    }
+
+    /// The first address beyond what the root covers.
+    pub fn end(&self) -> u64 {
+        F::bytes(self.root.height.above()).saturating_mul(self.root.pages as u64)
+    }
+
+    /// The root entry for `gpa`, which must be below [`end`](Self::end).
+    #[inline(always)]
+    pub(crate) fn root_at(&self, gpa: Gpa) -> At {
+        let mut page = self.root.page;
+        if F::MAX_ROOT_PAGES > 1 {
+            let number = (gpa.get() >> F::shift(self.root.height.above())) as usize;
+            debug_assert!(number < self.root.pages);
+            let number = number.min(self.root.pages - 1) as u64;
+            page = TablePage::found(Hpa::new(page.hpa().get() + (number << F::GRANULE_SHIFT)));
+        }
+        At::new(page, F::index(gpa, self.root.height))
+    }
+
+    #[inline(always)]
+    pub(crate) fn place(&self, page: TablePage, height: Height, gpa: Gpa) -> Place {
+        Place {
+            at: At::new(page, F::index(gpa, height)),
+            height,
+            gpa: Gpa::new(gpa.get() & !(F::bytes(height) - 1)),
+        }
+    }
+
+    /// Reads an entry.
+    #[inline(always)]
+    pub fn look(&self, place: Place) -> Seen {
+        Seen {
+            place,
+            value: self.storage.load(place.at),
+        }
+    }
+
+    /// The entry for `gpa` in `page`, a table of the smallest pages that an earlier walk found.
+    ///
+    /// # Safety
+    /// `page` must be a table at [`Height::LEAF`] that covers `gpa`, and must not have been freed.
+    #[inline(always)]
+    pub unsafe fn look_in_leaf_table(&self, page: TablePage, gpa: Gpa) -> Seen {
+        self.look(self.place(page, Height::LEAF, gpa))
+    }
+
+    /// Walks towards `gpa` until an entry that is not a table, or until `stop`.
+    ///
+    /// Addresses at or above [`end`](Self::end) are the caller's mistake and are treated modulo it.
+    #[inline]
+    pub fn lookup(&self, gpa: Gpa, stop: Height) -> Seen {
+        let mut height = self.root.height;
+        let mut place = Place {
+            at: self.root_at(gpa),
+            height,
+            gpa: Gpa::new(gpa.get() & !(F::bytes(height) - 1)),
+        };
+        loop {
+            let seen = self.look(place);
+            if height <= stop {
+                return seen;
+            }
+            let (Entry::Table(child), Some(below)) = (seen.entry::<F>(), height.below()) else {
+                return seen;
+            };
+            height = below;
+            place = self.place(TablePage::found(child), height, gpa);
+        }
+    }
+}
