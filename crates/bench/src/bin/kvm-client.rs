@@ -120,7 +120,10 @@ fn fault_4k(kvm: &Kvm) -> Result<f64> {
         0x75, 0xf1, 0xe6, 0x10,
     ];
     // SAFETY: the code page lies within the first MiB of the mapping.
-    unsafe { host.add(CODE as usize).copy_from_nonoverlapping(code.as_ptr(), code.len()) };
+    unsafe {
+        host.add(CODE as usize)
+            .copy_from_nonoverlapping(code.as_ptr(), code.len())
+    };
     set_slot(&vm, 0, 0, bytes, host)?;
     let mut vcpu = vm.create_vcpu(0)?;
     let mut sregs = vcpu.get_sregs()?;
@@ -136,7 +139,13 @@ fn fault_4k(kvm: &Kvm) -> Result<f64> {
         ..Default::default()
     };
     sregs.cs = flat;
-    let data = kvm_segment { type_: 3, l: 0, db: 1, selector: 16, ..flat };
+    let data = kvm_segment {
+        type_: 3,
+        l: 0,
+        db: 1,
+        selector: 16,
+        ..flat
+    };
     (sregs.ds, sregs.es, sregs.ss) = (data, data, data);
     sregs.cr3 = PML4;
     sregs.cr4 = 0x20;
@@ -165,7 +174,13 @@ fn slot_add_delete(kvm: &Kvm) -> Result<f64> {
     let slots = kvm.get_nr_memslots() as u32;
     let host = memory(2 * PAGE)?;
     for slot in 0..slots - 1 {
-        set_slot(&vm, slot, (1 << 32) + u64::from(slot) * 2 * PAGE as u64, PAGE, host)?;
+        set_slot(
+            &vm,
+            slot,
+            (1 << 32) + u64::from(slot) * 2 * PAGE as u64,
+            PAGE,
+            host,
+        )?;
     }
     let rounds = 2000;
     let start = Instant::now();

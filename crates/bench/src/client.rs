@@ -1,0 +1,87 @@
+//! Runs `kvm-client` under Twofold, and on the machine's own KVM where there is one.
+
+use crate::report::{Reach, Row};
+use anyhow::{Context, Result, ensure};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+type Figures = HashMap<String, f64>;
+
+fn run(command: &mut Command) -> Result<Figures> {
+    let output = command
+        .output()
+        .with_context(|| format!("starting {command:?}"))?;
+    ensure!(
+        output.status.success(),
+        "{command:?} failed: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout)?
+        .lines()
+        .map(|line| {
+            let (name, figure) = line.split_once(' ').with_context(|| line.to_owned())?;
+            Ok((name.to_owned(), figure.parse()?))
+        })
+        .collect()
+}
+
+fn beside_this_program(name: &str) -> Result<PathBuf> {
+    let own = std::env::current_exe().context("finding this program")?;
+    let path = own.with_file_name(name);
+    ensure!(
+        path.exists(),
+        "{} is not built; `make bench` builds it",
+        path.display()
+    );
+    Ok(path)
+}
+
+/// The rows about what a KVM program sees.
+pub(crate) fn rows() -> Result<Vec<Row>> {
+    let client = beside_this_program("kvm-client")?;
+    let twofold = beside_this_program("twofold")?;
+    let ours = run(Command::new(twofold).args(["run", "--"]).arg(&client))?;
+    let kernel = match Path::new("/dev/kvm").exists() {
+        true => run(&mut Command::new(&client))
+            .inspect_err(|error| {
+                eprintln!("the machine's own /dev/kvm was not measured: {error:#}")
+            })
+            .unwrap_or_default(),
+        false => Figures::new(),
+    };
+    let row = |what, name: &str, scale: f64, unit, reach| Row {
+        what,
+        ours: ours.get(name).map_or(f64::NAN, |figure| figure * scale),
+        unit,
+        reach,
+        compared: kernel
+            .get(name)
+            .map(|figure| ("this machine's /dev/kvm".to_owned(), figure * scale))
+            .into_iter()
+            .collect(),
+    };
+    Ok(vec![
+        row(
+            "`out` exit and re-entry through the ioctl",
+            "out_exit",
+            1e-3,
+            "µs",
+            Reach::AtMost(0.12),
+        ),
+        row(
+            "second-stage fault, 4K, store to guest resumed",
+            "fault_4k",
+            1e-3,
+            "µs",
+            Reach::AtMost(1.0),
+        ),
+        row(
+            "slot add and delete, 32,764 slots, by ioctl",
+            "slot_add_delete",
+            1.0,
+            "ns",
+            Reach::AtMost(1000.0),
+        ),
+    ])
+}
