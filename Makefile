@@ -11,7 +11,12 @@ build: ## build the command and libtwofold.so in release mode
 	$(CARGO) build --release --quiet -p twofold -p twofold-preload -p hello
 
 run: build ## run examples/hello on the software KVM and print a summary
-	target/release/twofold run --summary -- target/release/hello
+	@if [ -e /dev/kvm ]; then \
+		echo "This machine has a /dev/kvm of its own; the guest runs on Twofold all the same."; \
+	else \
+		echo "This machine has no /dev/kvm."; \
+	fi
+	@target/release/twofold run --summary -- target/release/hello
 
 test: check unit interleavings conformance ## every test of the project: what CI runs
 

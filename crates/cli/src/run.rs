@@ -18,9 +18,7 @@ pub(crate) fn run(arguments: &RunArguments) -> Result<ExitCode> {
         .program
         .split_first()
         .context("no program was given")?;
-    let library = library::find()?;
     let program = program::find(name)?;
-
     let examination = program::examine(&program)?;
     let mut prevented = false;
     for finding in &examination.findings {
@@ -39,6 +37,7 @@ pub(crate) fn run(arguments: &RunArguments) -> Result<ExitCode> {
         );
     }
 
+    let library = library::find()?;
     let mut command = Command::new(&program);
     command.arg0(name).args(rest);
     command.env(
