@@ -1,0 +1,133 @@
+//! MXCSR, and floating-point instructions executed under the guest's.
+//!
+//! Nearly all code runs with the control bits that MXCSR has after reset: every exception masked,
+//! rounding to nearest, denormals kept. While the guest's are these, its whole MXCSR is left in
+//! the host's register from the first floating-point instruction of a run to the end of the run:
+//! sticky flags then collect there for nothing, and code of the processor itself that runs in
+//! between sees the environment it expects. With other control bits each instruction is
+//! surrounded by loading and restoring MXCSR.
+//!
+//! Exceptions are always masked in the host. Which of them the guest would have taken is worked
+//! out from the flags that the instruction leaves (SDM Vol. 1, "SIMD Floating-Point Exceptions").
+
+use super::host;
+use crate::core_state::Core;
+use crate::state::cr4;
+use crate::trap::{Exception, Trap, vector};
+
+/// The sticky flags: invalid, denormal, divide by zero, overflow, underflow, precision.
+const FLAGS: u32 = 0x3f;
+/// Exceptions that are found in the operands, before anything is computed.
+const BEFORE: u32 = INVALID | DENORMAL | DIVIDE;
+const INVALID: u32 = 1 << 0;
+const DENORMAL: u32 = 1 << 1;
+const DIVIDE: u32 = 1 << 2;
+const UNDERFLOW: u32 = 1 << 4;
+/// From an exception's flag to its mask.
+const MASK_SHIFT: u32 = 7;
+/// Flush to zero.
+const FLUSH: u32 = 1 << 15;
+/// The control bits after reset.
+const DEFAULT: u32 = 0x1f80;
+/// The bits that exist.
+const EXISTING: u32 = 0xffff;
+
+/// Whether the guest's MXCSR is in the host's register, and what was there before.
+#[derive(Clone, Copy, Default, Debug)]
+pub(crate) struct FloatUnit {
+    live: bool,
+    host: u32,
+}
+
+impl Core {
+    /// Computes under the guest's MXCSR. On an exception that the guest has unmasked, its flags are
+    /// set and nothing else has happened.
+    ///
+    /// `compute` may be called more than once.
+    #[inline(always)]
+    pub(super) fn float<R>(&mut self, compute: impl Fn() -> R) -> Result<R, Trap> {
+        if self.float.live {
+            Ok(compute())
+        } else {
+            self.float_slow(&compute)
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn float_slow<R>(&mut self, compute: &dyn Fn() -> R) -> Result<R, Trap> {
+        let guest = self.vectors.mxcsr;
+        if guest & !FLAGS == DEFAULT {
+            self.float = FloatUnit {
+                live: true,
+                host: host::mxcsr(),
+            };
+            host::set_mxcsr(guest);
+            return Ok(compute());
+        }
+        let host = host::mxcsr();
+        host::set_mxcsr(guest & !FLAGS);
+        let result = compute();
+        let mut raised = host::mxcsr() & FLAGS;
+        let unmasked = !(guest >> MASK_SHIFT) & FLAGS;
+        if unmasked & UNDERFLOW != 0 && raised & UNDERFLOW == 0 {
+            // A tiny result that is exact underflows only if the exception is unmasked. Flushing
+            // to zero shows whether there is one.
+            host::set_mxcsr(guest & !FLAGS | FLUSH);
+            compute();
+            raised |= host::mxcsr() & UNDERFLOW;
+        }
+        host::restore_mxcsr(host);
+        if raised & unmasked == 0 {
+            self.vectors.mxcsr |= raised;
+            return Ok(result);
+        }
+        // An unmasked exception in an operand keeps everything from being computed.
+        let reported = if raised & unmasked & BEFORE != 0 {
+            raised & BEFORE
+        } else {
+            raised
+        };
+        self.vectors.mxcsr |= reported;
+        let vector = if self.cr4 & cr4::OSXMMEXCPT != 0 {
+            vector::XM
+        } else {
+            vector::UD
+        };
+        Err(self.raise(Exception {
+            vector,
+            error_code: None,
+            payload: None,
+        }))
+    }
+
+    /// The guest's MXCSR.
+    pub(crate) fn mxcsr(&self) -> u32 {
+        if self.float.live {
+            host::mxcsr() & EXISTING
+        } else {
+            self.vectors.mxcsr
+        }
+    }
+
+    /// Replaces the guest's MXCSR. Bits that do not exist are dropped.
+    pub(crate) fn set_mxcsr(&mut self, value: u32) {
+        self.leave_float();
+        self.vectors.mxcsr = value & EXISTING;
+    }
+
+    /// Puts the host's MXCSR back and keeps the guest's. To be called at the end of a run.
+    #[inline]
+    pub(crate) fn leave_float(&mut self) {
+        if self.float.live {
+            self.vectors.mxcsr = host::mxcsr() & EXISTING;
+            host::restore_mxcsr(self.float.host);
+            self.float.live = false;
+        }
+    }
+}
+
+/// Whether LDMXCSR raises #GP for a value.
+pub(super) fn has_reserved_bits(value: u32) -> bool {
+    value & !EXISTING != 0
+}
