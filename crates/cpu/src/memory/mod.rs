@@ -13,6 +13,8 @@ mod fetch;
 mod mmio;
 mod stage1;
 mod stage2;
+#[cfg(test)]
+mod tests;
 mod tlb;
 
 pub(crate) use access::Datum;
