@@ -9,15 +9,20 @@
 use libc::{c_int, c_uint};
 use twofold_kvm::abi;
 
+use crate::signals::Undisturbed;
 use crate::{process, real};
 
 /// Notes that `fd` is about to be closed.
 #[inline]
-fn closing(fd: c_int) {
-    if abi::is_ours(fd) && !process::is_borrowed() {
+pub(crate) fn closing(fd: c_int) {
+    if abi::is_ours(fd) {
+        if process::is_borrowed() {
+            return;
+        }
         process::settle();
-        abi::closing(fd);
     }
+    let _section = Undisturbed::begin();
+    abi::closing(fd);
 }
 
 /// Notes that `new` was made a copy of `old`, whatever it was before.
@@ -28,6 +33,7 @@ fn duplicated(old: c_int, new: c_int) {
         return;
     }
     process::settle();
+    let _section = Undisturbed::begin();
     if abi::is_ours(new) {
         abi::closing(new);
     }
@@ -47,6 +53,7 @@ pub(crate) unsafe extern "C" fn close(fd: c_int) -> c_int {
 fn closing_range(first: c_uint, last: c_uint) {
     if !process::is_borrowed() {
         process::settle();
+        let _section = Undisturbed::begin();
         abi::closing_range(first, last);
     }
 }

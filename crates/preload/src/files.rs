@@ -15,10 +15,9 @@ use std::ptr;
 use libc::{FILE, c_char, c_int, c_uint, mode_t, stat as Stat, statx as Statx};
 use rustix::fs::MemfdFlags;
 use rustix::io::Errno;
-use twofold_kvm::abi;
 
 use crate::paths::{Place, place};
-use crate::{process, raw, real};
+use crate::{descriptors, process, raw, real};
 
 /// KVM's device numbers: the misc major, and its minor in it.
 const DEVICE_MAJOR: u32 = 10;
@@ -173,10 +172,7 @@ pub(crate) unsafe extern "C" fn fclose(stream: *mut FILE) -> c_int {
     // SAFETY: the caller passes an open stream.
     unsafe {
         if !stream.is_null() {
-            let descriptor = libc::fileno(stream);
-            if abi::is_ours(descriptor) && !process::is_borrowed() {
-                abi::closing(descriptor);
-            }
+            descriptors::closing(libc::fileno(stream));
         }
         real::fclose(stream)
     }

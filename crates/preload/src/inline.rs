@@ -14,7 +14,7 @@ use std::ptr;
 use libc::{c_char, c_int, c_long, c_uint, c_ulong, c_void};
 
 use crate::paths::place;
-use crate::{control, descriptors, files, memory, raw};
+use crate::{control, descriptors, files, memory, raw, transfers};
 
 /// System call numbers that have a bit: from 0 to 511.
 const NUMBERS: usize = 512;
@@ -33,6 +33,14 @@ static INTERCEPTED: [u64; NUMBERS / 64] = bits(&[
     libc::SYS_newfstatat,
     libc::SYS_statx,
     libc::SYS_ioctl,
+    libc::SYS_read,
+    libc::SYS_pread64,
+    libc::SYS_readv,
+    libc::SYS_preadv,
+    libc::SYS_write,
+    libc::SYS_pwrite64,
+    libc::SYS_writev,
+    libc::SYS_pwritev,
     libc::SYS_close,
     libc::SYS_close_range,
     libc::SYS_dup,
@@ -174,6 +182,32 @@ unsafe extern "C" fn intercepted(
             }
             libc::SYS_ftruncate => memory::ftruncate(a as c_int, b as libc::off_t),
             libc::SYS_truncate => memory::truncate(path(a), b as libc::off_t),
+            libc::SYS_read => return transfers::read(a as c_int, pointer(b), c) as c_long,
+            libc::SYS_pread64 => {
+                let offset = d as libc::off_t;
+                return transfers::pread(a as c_int, pointer(b), c, offset) as c_long;
+            }
+            libc::SYS_readv => {
+                return transfers::readv(a as c_int, pointer(b).cast(), c as c_int) as c_long;
+            }
+            libc::SYS_preadv => {
+                let offset = d as libc::off_t;
+                return transfers::preadv(a as c_int, pointer(b).cast(), c as c_int, offset)
+                    as c_long;
+            }
+            libc::SYS_write => return transfers::write(a as c_int, pointer(b), c) as c_long,
+            libc::SYS_pwrite64 => {
+                let offset = d as libc::off_t;
+                return transfers::pwrite(a as c_int, pointer(b), c, offset) as c_long;
+            }
+            libc::SYS_writev => {
+                return transfers::writev(a as c_int, pointer(b).cast(), c as c_int) as c_long;
+            }
+            libc::SYS_pwritev => {
+                let offset = d as libc::off_t;
+                return transfers::pwritev(a as c_int, pointer(b).cast(), c as c_int, offset)
+                    as c_long;
+            }
             _ => {
                 return match raw::syscall(number, [a, b, c, d, e, f]) {
                     Ok(value) => value as c_long,

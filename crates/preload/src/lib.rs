@@ -10,6 +10,7 @@
 //! | [`files`] | `open`, `fopen`, `access`, `stat` and their variants |
 //! | [`control`] | `ioctl` |
 //! | [`descriptors`] | `close`, `dup`, `fcntl` and their variants |
+//! | [`transfers`] | `read`, `write` and their variants |
 //! | [`memory`] | `mmap`, `munmap`, `madvise`, `ftruncate` and what else changes memory |
 //! | [`signals`] | `sigaction`, `signal`: handlers wait until `KVM_RUN` has returned |
 //! | [`faults`] | SIGSEGV and SIGBUS: those of guest accesses end in an error, not in a signal |
@@ -30,3 +31,4 @@ mod process;
 mod raw;
 mod real;
 mod signals;
+mod transfers;

@@ -14,20 +14,39 @@ use libc::{c_int, c_uint, c_ulong, c_void, iovec, off_t};
 use twofold_kvm::abi::{self, HostChange};
 
 use crate::raw::{self, RawResult};
+use crate::signals::Undisturbed;
 use crate::{process, real};
+
+/// A change that is going on: from before the system call until this is dropped, nothing of ours
+/// uses the memory. No handler of the program runs meanwhile, as it might wait for the end.
+pub(crate) struct Change {
+    /// Dropped first.
+    _guard: HostChange,
+    _section: Undisturbed,
+}
+
+impl Change {
+    #[inline]
+    fn begin(begin: impl FnOnce() -> Option<HostChange>) -> Option<Self> {
+        process::settle();
+        let section = Undisturbed::begin();
+        begin().map(|guard| Self {
+            _guard: guard,
+            _section: section,
+        })
+    }
+}
 
 /// The guard for a change of `len` bytes from `address` on; `None` if nothing of ours is there.
 #[inline]
-fn change(address: usize, len: usize) -> Option<HostChange> {
-    process::settle();
-    abi::host_change(address, len)
+fn change(address: usize, len: usize) -> Option<Change> {
+    Change::begin(|| abi::host_change(address, len))
 }
 
 /// The guard for a change of a file's contents, wherever it may be mapped.
 #[inline]
-fn change_of_file() -> Option<HostChange> {
-    process::settle();
-    abi::host_change_all()
+fn change_of_file() -> Option<Change> {
+    Change::begin(abi::host_change_all)
 }
 
 #[inline]
@@ -73,6 +92,9 @@ macro_rules! mmap_functions {
                     ],
                 )
             };
+            if !anonymous && let Ok(address) = result {
+                abi::mapped(fd, address, len, protection, offset);
+            }
             drop(change);
             to_pointer(result)
         }
@@ -301,7 +323,7 @@ struct WriteProtect {
 
 /// The guard for a request to a driver that changes memory: write protection by userfaultfd.
 #[inline]
-pub(crate) fn change_by_ioctl(request: c_ulong, argument: usize) -> Option<HostChange> {
+pub(crate) fn change_by_ioctl(request: c_ulong, argument: usize) -> Option<Change> {
     if request != UFFDIO_WRITEPROTECT || argument == 0 {
         return None;
     }

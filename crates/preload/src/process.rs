@@ -14,6 +14,7 @@ use libc::c_int;
 use rustix::io::Errno;
 use twofold_kvm::abi;
 
+use crate::signals::Undisturbed;
 use crate::{faults, log, raw, real, signals};
 
 /// Whether the program has opened `/dev/kvm`. Until then this library changes nothing about it.
@@ -31,9 +32,10 @@ static MARK: AtomicPtr<AtomicU32> = AtomicPtr::new(ptr::null_mut());
 /// # Errors
 /// The process has no descriptor or memory left.
 pub(crate) fn open_kvm(flags: c_int) -> Result<c_int, Errno> {
-    settle();
     static FIRST: Once = Once::new();
+    settle();
     FIRST.call_once(first_use);
+    let _section = Undisturbed::begin();
     abi::open(flags)
 }
 
@@ -43,7 +45,7 @@ fn first_use() {
     watch_for_fork();
     faults::install();
     signals::take_over();
-    abi::on_run_mask(signals::begin_masked_run);
+    abi::register_run_signals(&signals::MaskedRun);
     IN_USE.store(true, Ordering::Release);
     tracing::debug!("the program opened /dev/kvm");
 }

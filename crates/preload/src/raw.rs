@@ -130,6 +130,19 @@ fn change_mask(how: c_int, mask: Option<Mask>) -> Mask {
     old
 }
 
+/// The signals that wait for the thread or its process.
+pub(crate) fn pending() -> Mask {
+    let mut pending: Mask = 0;
+    let to = (&raw mut pending).addr();
+    // SAFETY: the kernel writes one set of 8 bytes.
+    let result = unsafe { syscall(libc::SYS_rt_sigpending, [to, size_of::<Mask>(), 0, 0, 0, 0]) };
+    debug_assert!(
+        result.is_ok(),
+        "a valid pointer and a valid size cannot fail"
+    );
+    pending
+}
+
 /// Sends `signal` with `info` to the calling thread. If it is blocked it stays pending there.
 pub(crate) fn queue_to_this_thread(signal: c_int, info: *const siginfo_t) -> RawResult {
     // SAFETY: neither call has any effect on memory; `info` is read.

@@ -12,8 +12,8 @@ use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
 use libc::{
-    FILE, c_char, c_int, c_uint, c_ulong, c_void, mode_t, off_t, sigaction as Action, stat as Stat,
-    statx as Statx,
+    FILE, c_char, c_int, c_uint, c_ulong, c_void, iovec, mode_t, off_t, sigaction as Action,
+    stat as Stat, statx as Statx,
 };
 
 use crate::raw;
@@ -141,6 +141,26 @@ real! {
     ) -> c_int, else -1;
 
     fn ioctl(fd: c_int, request: c_ulong, argument: usize) -> c_int, else -1;
+
+    fn read(fd: c_int, to: *mut c_void, len: usize) -> isize, else -1;
+    fn pread(fd: c_int, to: *mut c_void, len: usize, offset: off_t) -> isize, else -1;
+    fn pread64(fd: c_int, to: *mut c_void, len: usize, offset: off_t) -> isize, else -1;
+    fn readv(fd: c_int, to: *const iovec, count: c_int) -> isize, else -1;
+    fn preadv(fd: c_int, to: *const iovec, count: c_int, offset: off_t) -> isize, else -1;
+    fn preadv64(fd: c_int, to: *const iovec, count: c_int, offset: off_t) -> isize, else -1;
+    fn __read_chk(fd: c_int, to: *mut c_void, len: usize, room: usize) -> isize, else -1;
+    fn __pread_chk(
+        fd: c_int, to: *mut c_void, len: usize, offset: off_t, room: usize,
+    ) -> isize, else -1;
+    fn __pread64_chk(
+        fd: c_int, to: *mut c_void, len: usize, offset: off_t, room: usize,
+    ) -> isize, else -1;
+    fn write(fd: c_int, from: *const c_void, len: usize) -> isize, else -1;
+    fn pwrite(fd: c_int, from: *const c_void, len: usize, offset: off_t) -> isize, else -1;
+    fn pwrite64(fd: c_int, from: *const c_void, len: usize, offset: off_t) -> isize, else -1;
+    fn writev(fd: c_int, from: *const iovec, count: c_int) -> isize, else -1;
+    fn pwritev(fd: c_int, from: *const iovec, count: c_int, offset: off_t) -> isize, else -1;
+    fn pwritev64(fd: c_int, from: *const iovec, count: c_int, offset: off_t) -> isize, else -1;
 
     fn close(fd: c_int) -> c_int, else -1;
     fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int, else -1;

@@ -1,14 +1,15 @@
-//! Signals that arrive while their thread is inside `KVM_RUN`.
+//! Signals that arrive while their thread is inside a call to KVM.
 //!
 //! With the kernel's KVM a signal ends `KVM_RUN` with `EINTR`, and the handler runs when the system
-//! call has returned. Here the guest runs in the program's own thread, so a handler would run in
-//! the middle of an instruction of the guest, and might leave it with `longjmp` or use the vCPU.
+//! call has returned; no handler ever runs in the middle of one. Here the guest, and everything
+//! else that KVM does, runs in the program's own thread: a handler would see a half-executed
+//! instruction or a lock that its own thread holds, and might leave with `longjmp`.
 //!
 //! So every handler of the program is replaced by [`arrived`], which calls it unless the thread is
-//! inside `KVM_RUN`. If it is, the run is asked to end, all signals are blocked and this one is
-//! queued again, with all it carried. It is pending in the kernel now, and when the run has
-//! returned, [`deliver_deferred`] restores the mask: the kernel delivers it in its own way, with
-//! the program's mask, on its alternate stack.
+//! in an [`Undisturbed`] section. If it is, a run is asked to end, all signals are blocked and this
+//! one is queued again, with all it carried. It is pending in the kernel now, and when the section
+//! ends the mask is restored: the kernel delivers it in its own way, with the program's mask, on
+//! its alternate stack.
 //!
 //! Before the first use of `/dev/kvm` nothing of this happens; [`take_over`] then replaces the
 //! handlers that are there.
@@ -20,13 +21,13 @@
 use std::cell::{Cell, UnsafeCell};
 use std::mem::MaybeUninit;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, compiler_fence};
 
 use libc::{
     SIG_DFL, SIG_ERR, SIG_IGN, SIGBUS, SIGSEGV, c_int, c_void, sigaction as Action, siginfo_t,
     ucontext_t,
 };
-use twofold_kvm::abi;
+use twofold_kvm::{RunSignals, abi};
 
 use crate::raw::{self, Mask};
 use crate::real;
@@ -223,16 +224,50 @@ pub(crate) fn after_fork() {
 // ---- arrival ------------------------------------------------------------------------------------
 
 thread_local! {
-    /// The mask to be restored when the current `KVM_RUN` has returned.
-    static AFTER_RUN: Cell<Option<Mask>> = const { Cell::new(None) };
+    /// How many [`Undisturbed`] sections the thread is in.
+    static SECTIONS: Cell<u32> = const { Cell::new(0) };
+    /// The mask to be restored at the end of the outermost one.
+    static AFTERWARDS: Cell<Option<Mask>> = const { Cell::new(None) };
     /// Whether that mask was set aside by `KVM_SET_SIGNAL_MASK` and not by a deferred signal.
     static RUN_HAS_MASK: Cell<bool> = const { Cell::new(false) };
+}
+
+/// While one exists, no handler of the program runs in this thread. What arrives is delivered when
+/// the last one is dropped, in there; the handler may leave with `longjmp`.
+pub(crate) struct Undisturbed(());
+
+impl Undisturbed {
+    /// Begins a section.
+    #[inline]
+    pub(crate) fn begin() -> Self {
+        SECTIONS.set(SECTIONS.get() + 1);
+        // `arrived` runs in this thread: what it sees is a matter of the compiler alone.
+        compiler_fence(Ordering::SeqCst);
+        Self(())
+    }
+}
+
+impl Drop for Undisturbed {
+    #[inline]
+    fn drop(&mut self) {
+        compiler_fence(Ordering::SeqCst);
+        let outer = SECTIONS.get() - 1;
+        SECTIONS.set(outer);
+        compiler_fence(Ordering::SeqCst);
+        if outer == 0
+            && let Some(mask) = AFTERWARDS.get()
+        {
+            AFTERWARDS.set(None);
+            RUN_HAS_MASK.set(false);
+            raw::set_mask(mask);
+        }
+    }
 }
 
 /// The handler that the kernel knows for every signal that the program handles.
 extern "C" fn arrived(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
     let errno = raw::errno();
-    if abi::interrupt_current_run() {
+    if abi::interrupt_current_run() || SECTIONS.get() != 0 {
         defer(signal, info, context.cast());
     } else {
         deliver(signal, info, context);
@@ -240,7 +275,7 @@ extern "C" fn arrived(signal: c_int, info: *mut siginfo_t, context: *mut c_void)
     raw::set_errno(errno);
 }
 
-/// Leaves the signal pending, and blocked until the run has returned.
+/// Leaves the signal pending, and blocked until the section ends.
 fn defer(signal: c_int, info: *const siginfo_t, context: *mut ucontext_t) {
     // Also without SA_NODEFER another signal may come: not from here on.
     raw::block(!NEVER_BLOCKED);
@@ -251,11 +286,11 @@ fn defer(signal: c_int, info: *const siginfo_t, context: *mut ucontext_t) {
         // If this handler interrupted another one that had come less far, that one will store its
         // own, which is the thread's.
         // SAFETY: as above.
-        AFTER_RUN.set(Some(unsafe { interrupted.read() }));
+        AFTERWARDS.set(Some(unsafe { interrupted.read() }));
     }
     // SAFETY: as above. The kernel takes the mask from there when this handler returns.
     unsafe { interrupted.write(interrupted.read() | !NEVER_BLOCKED) };
-    // It fails if too many signals are queued; then the run still ends, as it must.
+    // It fails if too many signals are queued; then a run still ends, as it must.
     let _ = raw::queue_to_this_thread(signal, info);
 }
 
@@ -289,36 +324,36 @@ pub(crate) fn call(handler: usize, signal: c_int, info: *mut siginfo_t, context:
     handler(signal, info, context);
 }
 
-/// After every call of [`abi::ioctl`]: restores the signal mask if the run has changed it, so that
-/// what came meanwhile is delivered here.
-#[inline]
-pub(crate) fn deliver_deferred() {
-    if let Some(mask) = AFTER_RUN.get() {
-        AFTER_RUN.set(None);
-        RUN_HAS_MASK.set(false);
-        raw::set_mask(mask);
-    }
-}
+/// Carries out `KVM_SET_SIGNAL_MASK`: a signal that only the mask of a run lets through is to end
+/// the run and to stay pending, whether the program handles it or not.
+#[derive(Debug)]
+pub(crate) struct MaskedRun;
 
-/// At the beginning of a run with a mask of `KVM_SET_SIGNAL_MASK`: puts the mask in force.
-///
-/// A signal that only this mask lets through is to end the run and to stay pending, whether the
-/// program handles it or not; so it needs a handler of ours.
-pub(crate) fn begin_masked_run(mask: Mask) {
-    let before = raw::mask();
-    let mut unblocked = before & !mask & !NO_HANDLER & !NEVER_BLOCKED;
-    while unblocked != 0 {
-        let signal = unblocked.trailing_zeros() as c_int + 1;
-        unblocked &= unblocked - 1;
-        if !DISPOSITIONS[signal as usize].ours.load(Ordering::Relaxed) {
-            let table = Table::lock();
-            let action = table.action(signal);
-            table.replace(signal, action);
+impl RunSignals for MaskedRun {
+    fn enter(&self, mask: Mask) {
+        let before = raw::mask();
+        let mut let_through = before & !mask & !NO_HANDLER & !NEVER_BLOCKED;
+        while let_through != 0 {
+            let signal = let_through.trailing_zeros() as c_int + 1;
+            let_through &= let_through - 1;
+            if !DISPOSITIONS[signal as usize].ours.load(Ordering::Relaxed) {
+                let table = Table::lock();
+                let action = table.action(signal);
+                table.replace(signal, action);
+            }
         }
+        AFTERWARDS.set(Some(before));
+        RUN_HAS_MASK.set(true);
+        // What is pending arrives here, and ends the run that is about to begin.
+        raw::set_mask(mask & !NEVER_BLOCKED);
     }
-    AFTER_RUN.set(Some(before));
-    RUN_HAS_MASK.set(true);
-    raw::set_mask(mask & !NEVER_BLOCKED);
+
+    /// Nothing: the mask is restored by [`Undisturbed`], when a handler may run.
+    fn leave(&self) {}
+
+    fn pending(&self, mask: Mask) -> bool {
+        raw::pending() & !mask != 0
+    }
 }
 
 // ---- libc's functions ---------------------------------------------------------------------------
@@ -340,12 +375,8 @@ unsafe fn set_action(signal: c_int, new: *const Action, old: *mut Action) -> c_i
         return unsafe { set_action(signal, new, ptr::null_mut()) };
     }
     // A bad pointer of the caller's faults here, where the lock is not held.
-    // SAFETY: the caller's structure.
-    let new = if new.is_null() {
-        None
-    } else {
-        Some(unsafe { new.read() })
-    };
+    // SAFETY: null, or the caller's structure.
+    let new = unsafe { new.as_ref() }.copied();
     let table = Table::lock();
     let before = table.action(signal);
     let result = new.map_or(0, |new| table.set(signal, new));
