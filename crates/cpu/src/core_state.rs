@@ -63,22 +63,25 @@ pub(crate) struct X87 {
     pub(crate) fdp: u64,
 }
 
-/// An I/O or MSR instruction that waits for the hypervisor.
+/// An instruction that waits for the hypervisor.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Pending {
     /// Nothing waits.
     None,
-    /// OUT or OUTS: the next run advances past the batch.
-    Out { count: u32 },
+    /// OUT or OUTS of `count` items: the next run goes on after them.
+    Out { count: u32, next: u64 },
     /// IN or INS that has not been answered.
-    In { size: u8, count: u32 },
-    /// IN or INS whose data is in `io_buffer`, `used` of `count` items consumed.
-    InReady { count: u32 },
-    /// RDMSR without and with an answer (`None`: #GP).
-    Rdmsr { index: u32, answer: Option<Option<u64>> },
-    /// WRMSR without and with an answer (`false`: #GP).
+    In { size: u8, count: u32, next: u64 },
+    /// IN or INS whose data is in `io_buffer`.
+    InReady { size: u8, count: u32, next: u64 },
+    /// RDMSR, and the answer once it is there (`None` in it: #GP).
+    Rdmsr {
+        index: u32,
+        answer: Option<Option<u64>>,
+    },
+    /// WRMSR, and the answer once it is there (`false`: #GP).
     Wrmsr { index: u32, answer: Option<bool> },
-    /// VMCALL; the answer goes to RAX.
+    /// VMCALL, and what goes to RAX once that is known.
     Hypercall { answer: Option<u64> },
 }
 
@@ -98,6 +101,22 @@ pub(crate) struct Core {
     /// Raised whenever a block's bytes or the translation of its address may have changed: blocks
     /// validated in an older epoch are compared with memory before they run.
     pub(crate) epoch: u64,
+    /// Mode and base of CS as blocks are keyed by them.
+    pub(crate) context: u64,
+    /// Something may have to be done at the next block boundary.
+    pub(crate) attention: bool,
+    /// The count of stores into code at which this epoch began.
+    pub(crate) code_generation: u64,
+    /// The next instruction completes what the hypervisor answered.
+    pub(crate) completing: bool,
+    /// The current block is one instruction, after which there is something to settle.
+    pub(crate) alone: bool,
+    /// [`Mode::SINGLE`] is wanted for the next instruction only.
+    pub(crate) single_once: bool,
+    /// The current instruction is the one that an interrupt shadow protects.
+    pub(crate) shadow_running: bool,
+    /// RFLAGS.TF was set when the current instruction began.
+    pub(crate) step_trap: bool,
     /// Data accesses are made with user rights (CPL is 3).
     pub(crate) user: bool,
     /// Base of each segment as data accesses use it; the entries beyond GS are zero, so that
@@ -109,6 +128,8 @@ pub(crate) struct Core {
     pub(crate) writable: [Window; 8],
     /// Vector registers.
     pub(crate) vectors: Vectors,
+    /// Where the guest's MXCSR is at the moment.
+    pub(crate) float: crate::sse::FloatUnit,
     /// Guest memory: translation caches, second stage, MMIO in progress.
     pub(crate) mem: Memory,
 
@@ -150,6 +171,8 @@ pub(crate) struct Core {
     pub(crate) pending: Pending,
     /// RIP of `pending`.
     pub(crate) pending_rip: u64,
+    /// The pending I/O instruction is INS or OUTS.
+    pub(crate) io_string: bool,
     /// Data of port I/O.
     pub(crate) io_buffer: Vec<u8>,
     /// CPUID table.
@@ -189,7 +212,11 @@ impl Core {
     /// #UD.
     #[cold]
     pub(crate) fn invalid_opcode(&mut self) -> Trap {
-        self.raise(Exception { vector: vector::UD, error_code: None, payload: None })
+        self.raise(Exception {
+            vector: vector::UD,
+            error_code: None,
+            payload: None,
+        })
     }
 
     /// Records why the hypervisor has to act and gives the token for it.
@@ -229,11 +256,14 @@ impl Core {
         let code64 = self.long_mode() && cs.long;
         let sse = self.cr0 & (cr0::EM | cr0::TS) == 0 && self.cr4 & crate::state::cr4::OSFXSR != 0;
         let protected = !self.real_mode() && !self.virtual_8086();
-        let single = self.debug_control.single_step || self.flags.system() & rflags::TF != 0;
+        let single = self.wants_single();
         self.mode = Mode::default()
             .with(Mode::CODE64, code64)
             .with(Mode::CODE32, !code64 && cs.big)
-            .with(Mode::STACK32, !code64 && self.segment[usize::from(seg::SS)].big)
+            .with(
+                Mode::STACK32,
+                !code64 && self.segment[usize::from(seg::SS)].big,
+            )
             .with(Mode::USER, self.user)
             .with(Mode::SSE, sse)
             .with(Mode::TASK_SWITCHED, self.cr0 & cr0::TS != 0)
@@ -242,12 +272,19 @@ impl Core {
         for i in 0..self.segment.len() {
             self.update_segment(i);
         }
+        self.update_context();
+        self.update_rights();
+        // What follows in the block may mean something else now.
+        self.stop = true;
     }
 
     /// Works out base and windows of one segment for data accesses.
     pub(crate) fn update_segment(&mut self, i: usize) {
         const EMPTY: Window = Window { low: 1, high: 0 };
-        const ALL: Window = Window { low: 0, high: u64::MAX };
+        const ALL: Window = Window {
+            low: 0,
+            high: u64::MAX,
+        };
         let segment = &self.segment[i];
         if self.mode.has(Mode::CODE64) {
             let has_base = i == usize::from(seg::FS) || i == usize::from(seg::GS);
@@ -260,10 +297,20 @@ impl Core {
         let limit = u64::from(segment.limit);
         let code = segment.kind & 8 != 0;
         let window = if !code && segment.kind & 4 != 0 {
-            let high = if segment.big { u64::from(u32::MAX) } else { 0xffff };
-            Window { low: limit + 1, high }
+            let high = if segment.big {
+                u64::from(u32::MAX)
+            } else {
+                0xffff
+            };
+            Window {
+                low: limit + 1,
+                high,
+            }
         } else {
-            Window { low: 0, high: limit }
+            Window {
+                low: 0,
+                high: limit,
+            }
         };
         if !self.mode.has(Mode::PROTECTED) {
             self.readable[i] = window;

@@ -1,5 +1,6 @@
 //! A virtual processor as the hypervisor sees it: state in and out, answers to exits, and running.
 
+use crate::blocks::BlockCache;
 use crate::core_state::{Core, Pending, Vectors, Window, X87, slot};
 use crate::flags::Flags;
 use crate::line::Line;
@@ -20,7 +21,8 @@ use twofold_arch::Gpa;
 ///
 /// It belongs to one thread at a time. Other threads use its [`Line`].
 pub struct Cpu {
-    core: Core,
+    pub(crate) core: Core,
+    blocks: BlockCache,
 }
 
 impl Cpu {
@@ -39,22 +41,51 @@ impl Cpu {
             stop: false,
             mode: Mode::default(),
             epoch: 1,
+            context: 0,
+            attention: true,
+            code_generation: 0,
+            completing: false,
+            alone: false,
+            single_once: false,
+            shadow_running: false,
+            step_trap: false,
             user: false,
             seg_base: [0; 8],
-            readable: [Window { low: 0, high: 0xffff }; 8],
-            writable: [Window { low: 0, high: 0xffff }; 8],
+            readable: [Window {
+                low: 0,
+                high: 0xffff,
+            }; 8],
+            writable: [Window {
+                low: 0,
+                high: 0xffff,
+            }; 8],
             vectors: Vectors {
                 xmm: [0; 16],
                 mxcsr: 0x1f80,
-                x87: X87 { st: [0; 8], fcw: 0x40, fsw: 0, ftw: 0, fop: 0, fip: 0, fdp: 0 },
+                x87: X87 {
+                    st: [0; 8],
+                    fcw: 0x40,
+                    fsw: 0,
+                    ftw: 0,
+                    fop: 0,
+                    fip: 0,
+                    fdp: 0,
+                },
             },
+            float: crate::sse::FloatUnit::default(),
             mem,
             cpl: 0,
             segment: [Segment::default(); 6],
             tr: Segment::default(),
             ldt: Segment::default(),
-            gdt: TableRegister { base: 0, limit: 0xffff },
-            idt: TableRegister { base: 0, limit: 0xffff },
+            gdt: TableRegister {
+                base: 0,
+                limit: 0xffff,
+            },
+            idt: TableRegister {
+                base: 0,
+                limit: 0xffff,
+            },
             cr0: 0x6000_0010,
             cr2: 0,
             cr3: 0,
@@ -68,16 +99,24 @@ impl Cpu {
             debug_control: DebugControl::default(),
             pending: Pending::None,
             pending_rip: 0,
+            io_string: false,
             io_buffer: Vec::with_capacity(IO_BATCH_BYTES),
             cpuid: Vec::new(),
-            fault: Exception { vector: 0, error_code: None, payload: None },
+            fault: Exception {
+                vector: 0,
+                error_code: None,
+                payload: None,
+            },
             exit: Exit::Kicked,
             counters: Counters::default(),
             line,
             machine,
             index,
         };
-        let mut cpu = Self { core };
+        let mut cpu = Self {
+            core,
+            blocks: BlockCache::default(),
+        };
         let system = SystemRegisters::reset();
         cpu.set_system_registers(&system);
         cpu
@@ -103,14 +142,21 @@ impl Cpu {
     /// Whatever waits for an answer is completed first, even if the line has been kicked: then the
     /// waiting instruction is completed and the answer is [`Exit::Kicked`].
     pub fn run(&mut self) -> Exit {
-        Exit::Kicked
+        self.core.line.enter();
+        let exit = crate::execute::run(&mut self.core, &mut self.blocks);
+        self.core.line.leave();
+        exit
     }
 
     /// General registers, RIP and RFLAGS.
     pub fn registers(&self) -> Registers {
         let mut gpr = [0; 16];
         gpr.copy_from_slice(&self.core.regs[..16]);
-        Registers { gpr, rip: self.core.rip, rflags: self.core.flags.image() }
+        Registers {
+            gpr,
+            rip: self.core.rip,
+            rflags: self.core.flags.image(),
+        }
     }
 
     /// Replaces general registers, RIP and RFLAGS. An exception that waits for delivery is dropped,
@@ -152,7 +198,9 @@ impl Cpu {
     /// paging changes. The current privilege level becomes the DPL of SS.
     pub fn set_system_registers(&mut self, system: &SystemRegisters) {
         let core = &mut self.core;
-        core.segment = [system.es, system.cs, system.ss, system.ds, system.fs, system.gs];
+        core.segment = [
+            system.es, system.cs, system.ss, system.ds, system.fs, system.gs,
+        ];
         core.tr = system.tr;
         core.ldt = system.ldt;
         core.gdt = system.gdt;
@@ -315,13 +363,13 @@ impl Cpu {
 
     /// Answers an [`Exit::Io`] that reads. Missing bytes are zero, bytes in excess are ignored.
     pub fn complete_io_in(&mut self, data: &[u8]) {
-        if let Pending::In { size, count } = self.core.pending {
+        if let Pending::In { size, count, next } = self.core.pending {
             let wanted = usize::from(size) * count as usize;
             let buffer = &mut self.core.io_buffer;
             buffer.clear();
             buffer.extend_from_slice(&data[..wanted.min(data.len())]);
             buffer.resize(wanted, 0);
-            self.core.pending = Pending::InReady { count };
+            self.core.pending = Pending::InReady { size, count, next };
         }
     }
 
@@ -345,6 +393,36 @@ impl Cpu {
         if let Pending::Hypercall { answer } = &mut self.core.pending {
             *answer = Some(result);
         }
+    }
+
+    /// RIP, without the other registers.
+    #[inline]
+    pub fn rip(&self) -> u64 {
+        self.core.rip
+    }
+
+    /// The current privilege level, 0 to 3.
+    #[inline]
+    pub fn privilege_level(&self) -> u8 {
+        self.core.cpl
+    }
+
+    /// Whether RFLAGS.IF is set.
+    #[inline]
+    pub fn interrupts_enabled(&self) -> bool {
+        self.core.flags.image() & crate::state::rflags::IF != 0
+    }
+
+    /// CR8, the task priority.
+    #[inline]
+    pub fn cr8(&self) -> u64 {
+        self.core.cr8
+    }
+
+    /// Replaces CR8: the low four bits of `priority`.
+    #[inline]
+    pub fn set_cr8(&mut self, priority: u64) {
+        self.core.cr8 = priority & 0xf;
     }
 
     /// Whether an instruction waits to be completed by the next run: port I/O, an emulated memory
@@ -382,16 +460,37 @@ impl SystemRegisters {
             ..Segment::default()
         };
         Self {
-            cs: Segment { selector: 0xf000, base: 0xffff_0000, kind: 11, ..data },
+            cs: Segment {
+                selector: 0xf000,
+                base: 0xffff_0000,
+                kind: 11,
+                ..data
+            },
             ds: data,
             es: data,
             fs: data,
             gs: data,
             ss: data,
-            tr: Segment { limit: 0xffff, kind: 11, present: true, ..Segment::default() },
-            ldt: Segment { limit: 0xffff, kind: 2, present: true, ..Segment::default() },
-            gdt: TableRegister { base: 0, limit: 0xffff },
-            idt: TableRegister { base: 0, limit: 0xffff },
+            tr: Segment {
+                limit: 0xffff,
+                kind: 11,
+                present: true,
+                ..Segment::default()
+            },
+            ldt: Segment {
+                limit: 0xffff,
+                kind: 2,
+                present: true,
+                ..Segment::default()
+            },
+            gdt: TableRegister {
+                base: 0,
+                limit: 0xffff,
+            },
+            idt: TableRegister {
+                base: 0,
+                limit: 0xffff,
+            },
             cr0: 0x6000_0010,
             ..Self::default()
         }

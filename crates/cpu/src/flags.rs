@@ -36,7 +36,11 @@ pub(crate) struct Flags {
 impl Flags {
     /// From an RFLAGS image. Bit 1 is forced to one.
     pub(crate) fn from_image(image: u64) -> Self {
-        let mut flags = Self { result: 0, carries: 0, system: 0 };
+        let mut flags = Self {
+            result: 0,
+            carries: 0,
+            system: 0,
+        };
         flags.set_image(image);
         flags
     }

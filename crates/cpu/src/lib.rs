@@ -17,16 +17,35 @@
 //! `io` and the like fetch their operands and store their results; `segments` and `events` know
 //! descriptors, exceptions and interrupts; `memory` translates and accesses.
 
+mod alu;
 mod barrier;
+mod bits;
+mod blocks;
+mod control;
 mod core_state;
 mod cpu;
+pub mod cpuid;
+mod decode;
+mod events;
+mod execute;
 mod flags;
+mod form;
 mod int;
+mod integer;
+mod io;
 mod line;
 mod machine;
 mod memory;
 mod mode;
+mod muldiv;
+mod op;
+mod segments;
+mod shifts;
+mod sse;
+mod stack;
 pub mod state;
+mod strings;
+mod system;
 mod time;
 mod trap;
 

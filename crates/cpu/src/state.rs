@@ -246,7 +246,11 @@ pub struct DebugRegisters {
 impl Default for DebugRegisters {
     /// The values after reset.
     fn default() -> Self {
-        Self { db: [0; 4], dr6: 0xffff_0ff0, dr7: 0x400 }
+        Self {
+            db: [0; 4],
+            dr6: 0xffff_0ff0,
+            dr7: 0x400,
+        }
     }
 }
 

@@ -18,6 +18,9 @@ pub(crate) enum Trap {
     Exception,
     /// The hypervisor has to act.
     Exit,
+    /// The instruction has done part of its work and is to be executed again from where its
+    /// registers say: a repeated string instruction between two iterations.
+    Again,
 }
 
 /// An exception that an instruction raised, or that the hypervisor queued.

@@ -1,0 +1,230 @@
+//! The CPUID instruction and the table of what this processor offers.
+
+use crate::core_state::Core;
+use crate::machine::SecondStageKind;
+use crate::state::{CpuidEntry, cr4};
+
+/// Leaf 1, EDX.
+mod leaf1_edx {
+    pub(super) const DE: u32 = 1 << 2;
+    pub(super) const PSE: u32 = 1 << 3;
+    pub(super) const TSC: u32 = 1 << 4;
+    pub(super) const MSR: u32 = 1 << 5;
+    pub(super) const PAE: u32 = 1 << 6;
+    pub(super) const CX8: u32 = 1 << 8;
+    pub(super) const SEP: u32 = 1 << 11;
+    pub(super) const PGE: u32 = 1 << 13;
+    pub(super) const CMOV: u32 = 1 << 15;
+    pub(super) const PAT: u32 = 1 << 16;
+    pub(super) const CLFLUSH: u32 = 1 << 19;
+    pub(super) const FXSR: u32 = 1 << 24;
+    pub(super) const SSE: u32 = 1 << 25;
+    pub(super) const SSE2: u32 = 1 << 26;
+}
+
+/// Leaf 1, ECX.
+mod leaf1_ecx {
+    pub(super) const SSE3: u32 = 1 << 0;
+    pub(super) const SSSE3: u32 = 1 << 9;
+    pub(super) const CX16: u32 = 1 << 13;
+    pub(super) const SSE41: u32 = 1 << 19;
+    pub(super) const MOVBE: u32 = 1 << 22;
+    pub(super) const POPCNT: u32 = 1 << 23;
+    pub(super) const OSXSAVE: u32 = 1 << 27;
+}
+
+/// Leaf 7 subleaf 0, EBX.
+mod leaf7_ebx {
+    pub(super) const FSGSBASE: u32 = 1 << 0;
+    pub(super) const BMI1: u32 = 1 << 3;
+    pub(super) const SMEP: u32 = 1 << 7;
+    pub(super) const BMI2: u32 = 1 << 8;
+    pub(super) const ERMS: u32 = 1 << 9;
+    pub(super) const ADX: u32 = 1 << 19;
+    pub(super) const SMAP: u32 = 1 << 20;
+    pub(super) const CLFLUSHOPT: u32 = 1 << 23;
+    pub(super) const CLWB: u32 = 1 << 24;
+}
+
+/// Leaf 7 subleaf 0, ECX.
+mod leaf7_ecx {
+    pub(super) const UMIP: u32 = 1 << 2;
+    pub(super) const LA57: u32 = 1 << 16;
+    pub(super) const RDPID: u32 = 1 << 22;
+}
+
+/// Leaf 0x80000001.
+mod extended {
+    pub(super) const ECX_LAHF: u32 = 1 << 0;
+    pub(super) const ECX_LZCNT: u32 = 1 << 5;
+    pub(super) const ECX_PREFETCHW: u32 = 1 << 8;
+    pub(super) const EDX_SYSCALL: u32 = 1 << 11;
+    pub(super) const EDX_NX: u32 = 1 << 20;
+    pub(super) const EDX_1G: u32 = 1 << 26;
+    pub(super) const EDX_RDTSCP: u32 = 1 << 27;
+    pub(super) const EDX_LM: u32 = 1 << 29;
+}
+
+/// What the processor offers: the leaves that describe the processor itself. A hypervisor adds
+/// its own (0x40000000), the topology and the APIC.
+///
+/// Every feature in it is executed, and no feature is executed that is not in it and that this
+/// table could name, except where a program is never told to look.
+///
+/// `physical_bits` is MAXPHYADDR as the guest sees it.
+pub fn supported(kind: SecondStageKind, physical_bits: u8) -> Vec<CpuidEntry> {
+    let vendor: &[u8; 12] = match kind {
+        SecondStageKind::Ept => b"GenuineIntel",
+        SecondStageKind::Npt => b"AuthenticAMD",
+    };
+    let word = |bytes: &[u8]| {
+        bytes
+            .iter()
+            .rev()
+            .fold(0u32, |word, byte| word << 8 | u32::from(*byte))
+    };
+    let [ebx, edx, ecx] = [
+        word(&vendor[0..4]),
+        word(&vendor[4..8]),
+        word(&vendor[8..12]),
+    ];
+    let entry = |leaf, eax, ebx, ecx, edx| CpuidEntry {
+        leaf,
+        eax,
+        ebx,
+        ecx,
+        edx,
+        ..CpuidEntry::default()
+    };
+    let host_has_sse41 = std::arch::is_x86_feature_detected!("sse4.1");
+    let vector_extensions = if host_has_sse41 {
+        leaf1_ecx::SSE3 | leaf1_ecx::SSSE3 | leaf1_ecx::SSE41
+    } else {
+        0
+    };
+    let signature = match kind {
+        // Family 6 model 85, and family 25 model 1.
+        SecondStageKind::Ept => 0x0005_0654,
+        SecondStageKind::Npt => 0x00a0_0f11,
+    };
+    let mut table = vec![
+        entry(0, 7, ebx, ecx, edx),
+        entry(
+            1,
+            signature,
+            // CLFLUSH lines of 64 bytes.
+            8 << 8,
+            vector_extensions | leaf1_ecx::CX16 | leaf1_ecx::MOVBE | leaf1_ecx::POPCNT,
+            leaf1_edx::DE
+                | leaf1_edx::PSE
+                | leaf1_edx::TSC
+                | leaf1_edx::MSR
+                | leaf1_edx::PAE
+                | leaf1_edx::CX8
+                | leaf1_edx::SEP
+                | leaf1_edx::PGE
+                | leaf1_edx::CMOV
+                | leaf1_edx::PAT
+                | leaf1_edx::CLFLUSH
+                | leaf1_edx::FXSR
+                | leaf1_edx::SSE
+                | leaf1_edx::SSE2,
+        ),
+        CpuidEntry {
+            has_subleaf: true,
+            ..entry(
+                7,
+                0,
+                leaf7_ebx::FSGSBASE
+                    | leaf7_ebx::BMI1
+                    | leaf7_ebx::SMEP
+                    | leaf7_ebx::BMI2
+                    | leaf7_ebx::ERMS
+                    | leaf7_ebx::ADX
+                    | leaf7_ebx::SMAP
+                    | leaf7_ebx::CLFLUSHOPT
+                    | leaf7_ebx::CLWB,
+                leaf7_ecx::UMIP | leaf7_ecx::LA57 | leaf7_ecx::RDPID,
+                0,
+            )
+        },
+        entry(0x8000_0000, 0x8000_0008, 0, 0, 0),
+        entry(
+            0x8000_0001,
+            signature,
+            0,
+            extended::ECX_LAHF | extended::ECX_LZCNT | extended::ECX_PREFETCHW,
+            extended::EDX_SYSCALL
+                | extended::EDX_NX
+                | extended::EDX_1G
+                | extended::EDX_RDTSCP
+                | extended::EDX_LM,
+        ),
+    ];
+    let brand = b"Twofold software processor\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+    for (leaf, part) in (0x8000_0002..=0x8000_0004).zip(brand.chunks(16)) {
+        let [a, b, c, d] = [0, 4, 8, 12].map(|at| word(part.get(at..at + 4).unwrap_or_default()));
+        table.push(entry(leaf, a, b, c, d));
+    }
+    // The time stamp counter is invariant.
+    table.push(entry(0x8000_0007, 0, 0, 0, 1 << 8));
+    let linear_bits = 57;
+    table.push(entry(
+        0x8000_0008,
+        linear_bits << 8 | u32::from(physical_bits),
+        0,
+        0,
+        0,
+    ));
+    table
+}
+
+impl Core {
+    /// EAX, EBX, ECX and EDX for a leaf and subleaf.
+    pub(crate) fn cpuid_answer(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        let find = |leaf: u32, subleaf: u32| {
+            self.cpuid.iter().find(|entry| {
+                entry.leaf == leaf && (!entry.has_subleaf || entry.subleaf == subleaf)
+            })
+        };
+        let found = find(leaf, subleaf).or_else(|| {
+            // Intel's processors answer a basic leaf that is too large with their largest one.
+            let zero = find(0, 0)?;
+            let intel = zero.ebx == u32::from_le_bytes(*b"Genu");
+            let basic = leaf & 0xffff_0000 == 0;
+            (intel && basic && leaf > zero.eax)
+                .then(|| find(zero.eax, subleaf))
+                .flatten()
+        });
+        let Some(entry) = found else { return [0; 4] };
+        let [eax, ebx, mut ecx, edx] = [entry.eax, entry.ebx, entry.ecx, entry.edx];
+        if entry.leaf == 1 {
+            ecx &= !leaf1_ecx::OSXSAVE;
+            if self.cr4 & cr4::OSXSAVE != 0 {
+                ecx |= leaf1_ecx::OSXSAVE;
+            }
+        }
+        [eax, ebx, ecx, edx]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_leaf_appears_once_and_within_the_announced_range() {
+        for kind in [SecondStageKind::Ept, SecondStageKind::Npt] {
+            let table = supported(kind, 48);
+            for (i, entry) in table.iter().enumerate() {
+                assert!(table[..i].iter().all(|other| other.leaf != entry.leaf));
+                let highest = if entry.leaf >= 0x8000_0000 {
+                    0x8000_0008
+                } else {
+                    7
+                };
+                assert!(entry.leaf <= highest);
+            }
+        }
+    }
+}

@@ -1,0 +1,272 @@
+//! The loop that runs blocks, and what happens between them.
+
+use crate::blocks::BlockCache;
+use crate::core_state::{Core, Pending};
+use crate::decode;
+use crate::mode::Mode;
+use crate::op::Op;
+use crate::state::rflags;
+use crate::trap::{Exception, Exit, Trap, vector};
+
+/// DR6.BS: the debug exception is a single step.
+const DR6_SINGLE_STEP: u64 = 1 << 14;
+/// DR6 with no condition noted: the reserved bits that read as one.
+pub(crate) const DR6_RESERVED_ONES: u64 = 0xffff_0ff0;
+
+/// Runs until the hypervisor has to act. The processor is in guest mode.
+pub(crate) fn run(core: &mut Core, blocks: &mut BlockCache) -> Exit {
+    if let Some(exit) = core.mmio_deliver() {
+        return exit;
+    }
+    core.prepare();
+    loop {
+        if core.line.asked() | core.attention | core.code_changed() {
+            if let Some(exit) = core.boundary() {
+                return exit;
+            }
+        }
+        let Some(block) = blocks.find(core.context, core.rip, core.epoch) else {
+            if let Err(trap) = refresh(core, blocks) {
+                if let Some(exit) = core.handle(trap, None, &[]) {
+                    return exit;
+                }
+            }
+            continue;
+        };
+        let ip = core.rip;
+        core.rip = block.next_ip;
+        core.stop = false;
+        let mut completed = 0;
+        let mut trapped = None;
+        for op in &block.ops {
+            if let Err(trap) = (op.run)(core, op) {
+                trapped = Some((trap, op));
+                break;
+            }
+            completed += 1;
+            if core.stop {
+                break;
+            }
+        }
+        core.counters.blocks += 1;
+        core.counters.instructions += completed as u64;
+        if let Some((trap, op)) = trapped {
+            core.rip = op.ip;
+            let rest = block
+                .bytes
+                .get(op.ip.wrapping_sub(ip) as usize..)
+                .unwrap_or_default();
+            if let Some(exit) = core.handle(trap, Some(op), rest) {
+                return exit;
+            }
+        } else if completed < block.ops.len() {
+            // Stopped early: the next instruction is the one behind the last that ran.
+            core.rip = block.ops[completed].ip;
+        }
+    }
+}
+
+/// Makes the block at RIP known and valid in this epoch.
+fn refresh(core: &mut Core, blocks: &mut BlockCache) -> Result<(), Trap> {
+    let epoch = core.epoch;
+    if let Some(block) = blocks.find_stale(core.context, core.rip) {
+        if core.block_is_current(block)? {
+            block.epoch = epoch;
+            return Ok(());
+        }
+        core.counters.changed += 1;
+    }
+    let mut block = core.decode_block()?;
+    // Decoding may have let requests in that began a new epoch; then the block is compared once
+    // more.
+    block.epoch = epoch;
+    blocks.insert(block);
+    Ok(())
+}
+
+impl Core {
+    /// Whether a page with code was written since that was last looked at.
+    #[inline(always)]
+    fn code_changed(&self) -> bool {
+        self.machine.code().generation() != self.code_generation
+    }
+
+    /// What has to be settled when `run` is entered.
+    fn prepare(&mut self) {
+        // Code that the program wrote runs as new code.
+        self.epoch += 1;
+        if self.pending_rip != self.rip {
+            self.pending = Pending::None;
+        }
+        self.attention = true;
+        self.shadow_running = false;
+        if self.complete_io() {
+            // As if the instruction had just run alone.
+            self.shadow_running = true;
+            self.step_trap = self.flags.system() & rflags::TF != 0;
+            self.alone = true;
+        } else {
+            self.completing = self.mmio_attempt() || self.pending != Pending::None;
+        }
+    }
+
+    /// Runs the next instruction alone.
+    fn set_single(&mut self, on: bool) {
+        if self.single_once != on {
+            self.single_once = on;
+            self.update_mode();
+        }
+    }
+
+    /// Between two blocks, when something may have to be done there.
+    #[cold]
+    #[inline(never)]
+    fn boundary(&mut self) -> Option<Exit> {
+        self.code_generation = {
+            let generation = self.machine.code().generation();
+            if generation != self.code_generation {
+                self.epoch += 1;
+            }
+            generation
+        };
+        // An instruction that was run alone has completed.
+        if self.alone {
+            self.alone = false;
+            if let Some(exit) = self.after_single() {
+                return Some(exit);
+            }
+        }
+        let kicked = self.line.asked() && self.serve_requests();
+        if self.completing {
+            // An instruction that waits for an answer comes first, even if the line was kicked.
+            self.alone = true;
+            self.set_single(true);
+            return None;
+        }
+        if kicked {
+            return Some(Exit::Kicked);
+        }
+        if let Some(exit) = self.deliver_pending_event() {
+            return Some(exit);
+        }
+        if self.window_requested && self.interrupt_window_open() {
+            return Some(Exit::InterruptWindow);
+        }
+        let shadow = self.events.sti_shadow || self.events.mov_ss_shadow;
+        self.shadow_running = shadow;
+        let stepping = self.debug_control.single_step || self.flags.system() & rflags::TF != 0;
+        self.step_trap = self.flags.system() & rflags::TF != 0;
+        self.alone = shadow || stepping;
+        self.set_single(shadow);
+        self.attention = self.alone || self.window_requested || self.has_pending_event();
+        None
+    }
+
+    /// After an instruction that was run alone.
+    fn after_single(&mut self) -> Option<Exit> {
+        self.completing = false;
+        self.mmio_retire();
+        if self.shadow_running {
+            self.events.sti_shadow = false;
+            self.events.mov_ss_shadow = false;
+            self.shadow_running = false;
+        }
+        self.set_single(false);
+        if let Some(exit) = self.mmio_deliver() {
+            return Some(exit);
+        }
+        if self.debug_control.single_step {
+            self.step_trap = false;
+            return Some(self.debug_exit(DR6_SINGLE_STEP));
+        }
+        if self.step_trap && !self.events.mov_ss_shadow {
+            self.events.exception = Some(Exception {
+                vector: vector::DB,
+                error_code: None,
+                payload: Some(DR6_SINGLE_STEP),
+            });
+        }
+        self.step_trap = false;
+        None
+    }
+
+    /// The exit that tells the hypervisor of a debug event that it asked for.
+    pub(crate) fn debug_exit(&self, dr6: u64) -> Exit {
+        Exit::Debug {
+            exception: vector::DB,
+            pc: self.code_linear(self.rip),
+            dr6: DR6_RESERVED_ONES | dr6,
+            dr7: self
+                .debug_control
+                .hardware_breakpoints
+                .map_or(0x400, |(_, dr7)| dr7),
+        }
+    }
+
+    /// Deals with a trap. RIP is at the instruction that trapped; `bytes` begin with it.
+    #[cold]
+    #[inline(never)]
+    fn handle(&mut self, trap: Trap, op: Option<&Op>, bytes: &[u8]) -> Option<Exit> {
+        match trap {
+            Trap::Again => {
+                // One iteration of a repeated string instruction counts as run alone.
+                self.attention = true;
+                None
+            }
+            Trap::Exit => {
+                if self.alone {
+                    self.alone = false;
+                    self.set_single(false);
+                }
+                let exit = match self.exit {
+                    Exit::Halt => {
+                        // The state after the instruction.
+                        if let Some(op) = op {
+                            self.rip = op.next_ip();
+                            self.counters.instructions += 1;
+                        }
+                        self.events.sti_shadow = false;
+                        self.events.mov_ss_shadow = false;
+                        Exit::Halt
+                    }
+                    Exit::Unknown(unknown) if unknown.len == 0 => {
+                        Exit::Unknown(decode::describe(self.mode, bytes))
+                    }
+                    exit => exit,
+                };
+                Some(exit)
+            }
+            Trap::Exception => {
+                let mut exception = self.fault;
+                if std::mem::take(&mut self.mem.not_canonical)
+                    && op.is_some_and(|op| op.seg == crate::core_state::seg::SS)
+                {
+                    exception.vector = vector::SS;
+                }
+                if self.alone {
+                    self.alone = false;
+                    self.completing = false;
+                    self.set_single(false);
+                }
+                self.attention = true;
+                self.deliver_fault(exception)
+            }
+        }
+    }
+
+    /// Whether blocks of single instructions are asked for by anything but the guest's state.
+    pub(crate) fn wants_single(&self) -> bool {
+        self.single_once || self.debug_control.single_step || self.flags.system() & rflags::TF != 0
+    }
+
+    /// Recomputes [`Core::context`] after the mode or CS changed.
+    pub(crate) fn update_context(&mut self) {
+        let cs_base = self.segment[usize::from(crate::core_state::seg::CS)].base;
+        self.context = decode::context_of(self.mode, cs_base);
+    }
+
+    /// Whether one instruction, or one iteration, is to be run at a time.
+    pub(crate) fn single(&self) -> bool {
+        self.mode.has(Mode::SINGLE)
+    }
+}
