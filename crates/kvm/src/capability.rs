@@ -1,0 +1,162 @@
+//! What `KVM_CHECK_EXTENSION` answers: one table.
+//!
+//! A capability is listed when everything that it stands for is there. What is not listed
+//! answers 0, as KVM does for numbers it does not know.
+
+use kvm_bindings as kvm;
+
+/// vCPUs that one VM may have.
+pub const MAX_VCPUS: u32 = 1024;
+/// vCPU ids are below this.
+pub const MAX_VCPU_ID: u32 = 4096;
+/// Slots that a program may use in each address space.
+pub const NR_MEMSLOTS: u32 = 32764;
+/// The page of a vCPU's mapping that shows the coalesced ring.
+pub const COALESCED_MMIO_PAGE_OFFSET: u32 = 2;
+/// The quirks that `KVM_CAP_DISABLE_QUIRKS2` can turn off. `CD_NW_CLEARED` makes no difference
+/// here: the processor keeps CD and NW as the guest sets them.
+pub const VALID_QUIRKS: u32 = kvm::KVM_X86_QUIRK_SLOT_ZAP_ALL | kvm::KVM_X86_QUIRK_CD_NW_CLEARED;
+/// The flags of `kvm_clock_data` that `KVM_GET_CLOCK` may set.
+pub const CLOCK_FLAGS: u32 =
+    kvm::KVM_CLOCK_TSC_STABLE | kvm::KVM_CLOCK_REALTIME | kvm::KVM_CLOCK_HOST_TSC;
+/// The bits of `kvm_guest_debug.control` that work.
+pub const GUEST_DEBUG_BITS: u32 = kvm::KVM_GUESTDBG_ENABLE
+    | kvm::KVM_GUESTDBG_SINGLESTEP
+    | kvm::KVM_GUESTDBG_USE_SW_BP
+    | kvm::KVM_GUESTDBG_USE_HW_BP
+    | kvm::KVM_GUESTDBG_INJECT_DB
+    | kvm::KVM_GUESTDBG_INJECT_BP;
+
+/// A capability, with what it answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capability {
+    /// `KVM_CAP_*`.
+    pub number: u32,
+    /// Its name without the prefix.
+    pub name: &'static str,
+    /// What `KVM_CHECK_EXTENSION` answers; never 0.
+    pub value: u32,
+}
+
+macro_rules! capabilities {
+    ($($name:ident: $symbol:ident = $value:expr,)*) => {
+        &[$(Capability { number: kvm::$symbol, name: stringify!($name), value: $value },)*]
+    };
+}
+
+static CAPABILITIES: &[Capability] = capabilities! {
+    IRQCHIP: KVM_CAP_IRQCHIP = 1,
+    HLT: KVM_CAP_HLT = 1,
+    MMU_SHADOW_CACHE_CONTROL: KVM_CAP_MMU_SHADOW_CACHE_CONTROL = 1,
+    USER_MEMORY: KVM_CAP_USER_MEMORY = 1,
+    SET_TSS_ADDR: KVM_CAP_SET_TSS_ADDR = 1,
+    EXT_CPUID: KVM_CAP_EXT_CPUID = 1,
+    NR_MEMSLOTS: KVM_CAP_NR_MEMSLOTS = NR_MEMSLOTS,
+    NOP_IO_DELAY: KVM_CAP_NOP_IO_DELAY = 1,
+    MP_STATE: KVM_CAP_MP_STATE = 1,
+    COALESCED_MMIO: KVM_CAP_COALESCED_MMIO = COALESCED_MMIO_PAGE_OFFSET,
+    SYNC_MMU: KVM_CAP_SYNC_MMU = 1,
+    DESTROY_MEMORY_REGION_WORKS: KVM_CAP_DESTROY_MEMORY_REGION_WORKS = 1,
+    USER_NMI: KVM_CAP_USER_NMI = 1,
+    SET_GUEST_DEBUG: KVM_CAP_SET_GUEST_DEBUG = 1,
+    JOIN_MEMORY_REGIONS_WORKS: KVM_CAP_JOIN_MEMORY_REGIONS_WORKS = 1,
+    SET_BOOT_CPU_ID: KVM_CAP_SET_BOOT_CPU_ID = 1,
+    IOEVENTFD: KVM_CAP_IOEVENTFD = 1,
+    SET_IDENTITY_MAP_ADDR: KVM_CAP_SET_IDENTITY_MAP_ADDR = 1,
+    ADJUST_CLOCK: KVM_CAP_ADJUST_CLOCK = CLOCK_FLAGS,
+    INTERNAL_ERROR_DATA: KVM_CAP_INTERNAL_ERROR_DATA = 1,
+    VCPU_EVENTS: KVM_CAP_VCPU_EVENTS = 1,
+    INTR_SHADOW: KVM_CAP_INTR_SHADOW = 1,
+    DEBUGREGS: KVM_CAP_DEBUGREGS = 1,
+    X86_ROBUST_SINGLESTEP: KVM_CAP_X86_ROBUST_SINGLESTEP = 1,
+    ENABLE_CAP: KVM_CAP_ENABLE_CAP = 1,
+    XSAVE: KVM_CAP_XSAVE = 1,
+    XCRS: KVM_CAP_XCRS = 1,
+    GET_TSC_KHZ: KVM_CAP_GET_TSC_KHZ = 1,
+    MAX_VCPUS: KVM_CAP_MAX_VCPUS = MAX_VCPUS,
+    SYNC_REGS: KVM_CAP_SYNC_REGS = kvm::KVM_SYNC_X86_VALID_FIELDS,
+    KVMCLOCK_CTRL: KVM_CAP_KVMCLOCK_CTRL = 1,
+    READONLY_MEM: KVM_CAP_READONLY_MEM = 1,
+    EXT_EMUL_CPUID: KVM_CAP_EXT_EMUL_CPUID = 1,
+    ENABLE_CAP_VM: KVM_CAP_ENABLE_CAP_VM = 1,
+    IOEVENTFD_NO_LENGTH: KVM_CAP_IOEVENTFD_NO_LENGTH = 1,
+    CHECK_EXTENSION_VM: KVM_CAP_CHECK_EXTENSION_VM = 1,
+    DISABLE_QUIRKS: KVM_CAP_DISABLE_QUIRKS = 1,
+    SPLIT_IRQCHIP: KVM_CAP_SPLIT_IRQCHIP = 1,
+    IOEVENTFD_ANY_LENGTH: KVM_CAP_IOEVENTFD_ANY_LENGTH = 1,
+    MAX_VCPU_ID: KVM_CAP_MAX_VCPU_ID = MAX_VCPU_ID,
+    IMMEDIATE_EXIT: KVM_CAP_IMMEDIATE_EXIT = 1,
+    GET_MSR_FEATURES: KVM_CAP_GET_MSR_FEATURES = 1,
+    COALESCED_PIO: KVM_CAP_COALESCED_PIO = 1,
+    EXCEPTION_PAYLOAD: KVM_CAP_EXCEPTION_PAYLOAD = 1,
+    X86_USER_SPACE_MSR: KVM_CAP_X86_USER_SPACE_MSR = 1,
+    SET_GUEST_DEBUG2: KVM_CAP_SET_GUEST_DEBUG2 = GUEST_DEBUG_BITS,
+    SREGS2: KVM_CAP_SREGS2 = 1,
+    BINARY_STATS_FD: KVM_CAP_BINARY_STATS_FD = 1,
+    EXIT_ON_EMULATION_FAILURE: KVM_CAP_EXIT_ON_EMULATION_FAILURE = 1,
+    DISABLE_QUIRKS2: KVM_CAP_DISABLE_QUIRKS2 = VALID_QUIRKS,
+    VM_TYPES: KVM_CAP_VM_TYPES = 1 << kvm::KVM_X86_DEFAULT_VM,
+    USER_MEMORY2: KVM_CAP_USER_MEMORY2 = 1,
+    MEMORY_FAULT_INFO: KVM_CAP_MEMORY_FAULT_INFO = 1,
+};
+
+/// Every capability that answers something other than 0, in ascending order of numbers.
+pub fn all() -> impl Iterator<Item = Capability> {
+    let recommended = Capability {
+        number: kvm::KVM_CAP_NR_VCPUS,
+        name: "NR_VCPUS",
+        value: recommended_vcpus(),
+    };
+    let mut all = CAPABILITIES.to_vec();
+    all.push(recommended);
+    all.sort_by_key(|capability| capability.number);
+    all.into_iter()
+}
+
+/// What `KVM_CHECK_EXTENSION` answers for a number, on the system and on a VM alike.
+pub fn check(number: u64) -> u32 {
+    if number == u64::from(kvm::KVM_CAP_NR_VCPUS) {
+        return recommended_vcpus();
+    }
+    CAPABILITIES
+        .iter()
+        .find(|capability| u64::from(capability.number) == number)
+        .map_or(0, |capability| capability.value)
+}
+
+/// How many vCPUs a VM should have at most: as many as there are processors, and no fewer than
+/// programs take for granted (KVM's documentation names 4 where the capability is missing).
+fn recommended_vcpus() -> u32 {
+    let online = std::thread::available_parallelism().map_or(1, usize::from);
+    u32::try_from(online)
+        .unwrap_or(MAX_VCPUS)
+        .clamp(4, MAX_VCPUS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_are_kvms() {
+        assert_eq!(check(kvm::KVM_CAP_MAX_VCPUS.into()), 1024);
+        assert_eq!(check(kvm::KVM_CAP_MAX_VCPU_ID.into()), 4096);
+        assert_eq!(check(kvm::KVM_CAP_NR_MEMSLOTS.into()), 32764);
+        assert!(check(kvm::KVM_CAP_NR_VCPUS.into()) >= 4);
+    }
+
+    #[test]
+    fn unknown_capabilities_answer_zero() {
+        assert_eq!(check(696_969), 0);
+        assert_eq!(check(u64::MAX), 0);
+        assert_eq!(check(u64::from(kvm::KVM_CAP_USER_MEMORY) | 1 << 32), 0);
+        assert_eq!(check(kvm::KVM_CAP_MEMORY_ATTRIBUTES.into()), 0);
+    }
+
+    #[test]
+    fn no_capability_is_listed_twice_or_with_zero() {
+        let all: Vec<_> = all().collect();
+        assert!(all.windows(2).all(|pair| pair[0].number < pair[1].number));
+        assert!(all.iter().all(|capability| capability.value != 0));
+    }
+}

@@ -1,0 +1,103 @@
+//! What the MMU needs of the process around it: pages for tables, the program's memory, and the
+//! other vCPUs.
+//!
+//! Host-physical addresses are this process's virtual addresses, so a table page is reached at its
+//! own address and a guest page is the program's own page.
+
+use crate::pagemap;
+use crate::table_pool::TablePool;
+use rustix::io::Errno;
+use rustix::mm::Advice;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use twofold_arch::{Hpa, Level, PAGE_SIZE};
+use twofold_cpu::Machine;
+use twofold_mmu::{Host, HostPage, PopulateError};
+
+/// The process as the MMU of one VM sees it.
+#[derive(Debug)]
+pub(crate) struct ProcessMemory {
+    machine: Arc<Machine>,
+    pool: TablePool,
+}
+
+impl ProcessMemory {
+    pub(crate) fn new(machine: Arc<Machine>) -> Self {
+        Self {
+            machine,
+            pool: TablePool::default(),
+        }
+    }
+}
+
+#[expect(unsafe_code)] // UNSAFETY: the trait's duties.
+// SAFETY: the pool's pages stay mapped at their addresses until the pool is dropped, which is after
+// the MMU, and are given to nobody else. `flush_tlbs` and `heavy_barrier` are the processor's own,
+// with membarrier as the barrier on every thread of the process.
+unsafe impl Host for ProcessMemory {
+    fn alloc_table(&self) -> Option<Hpa> {
+        self.pool
+            .take()
+            .map(|page| Hpa::new(page.as_ptr().expose_provenance() as u64))
+    }
+
+    fn free_table(&self, page: Hpa) {
+        self.pool.give_back(self.table_ptr(page));
+    }
+
+    #[inline]
+    fn table_ptr(&self, page: Hpa) -> NonNull<u64> {
+        let pointer = std::ptr::with_exposed_provenance_mut(page.get() as usize);
+        NonNull::new(pointer).unwrap_or(NonNull::dangling())
+    }
+
+    fn populate(&self, hva: u64, write: bool) -> Result<HostPage, PopulateError> {
+        populate(
+            hva,
+            if write {
+                Advice::LinuxPopulateWrite
+            } else {
+                Advice::LinuxPopulateRead
+            },
+        )?;
+        let writable = write || pagemap::may_write_in_place(hva);
+        Ok(HostPage {
+            hpa: Hpa::new(hva),
+            writable,
+            level: Level::L4K,
+        })
+    }
+
+    fn flush_tlbs(&self) {
+        self.machine.flush_tlbs();
+    }
+
+    fn heavy_barrier(&self) {
+        twofold_cpu::heavy_barrier();
+    }
+
+    fn wait_hint(&self) {
+        rustix::thread::sched_yield();
+    }
+}
+
+/// Makes one page of the program present, for reading or for writing. Waits for a userfaultfd
+/// handler where one is registered.
+fn populate(hva: u64, advice: Advice) -> Result<(), PopulateError> {
+    let address = std::ptr::with_exposed_provenance_mut(hva as usize);
+    #[expect(unsafe_code)] // UNSAFETY: madvise is unsafe for the sake of other kinds of advice.
+    // SAFETY: populating changes no byte that a program can observe.
+    let result = unsafe { rustix::mm::madvise(address, PAGE_SIZE as usize, advice) };
+    match result {
+        Ok(()) => Ok(()),
+        Err(Errno::INTR) => Err(PopulateError::Interrupted),
+        Err(Errno::AGAIN) => Err(PopulateError::Again),
+        Err(Errno::HWPOISON) => Err(PopulateError::Poisoned),
+        // ENOMEM: nothing is mapped. EINVAL: mapped without the permission, or not memory.
+        // EFAULT: a plain access would raise SIGBUS.
+        Err(error) => {
+            tracing::debug!(hva = format_args!("{hva:#x}"), ?advice, %error, "no host memory");
+            Err(PopulateError::Fault)
+        }
+    }
+}

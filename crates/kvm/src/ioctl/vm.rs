@@ -1,0 +1,129 @@
+//! ioctls on a VM.
+
+use super::number::*;
+use super::{Reply, unknown};
+use crate::capability;
+use crate::descriptor;
+use crate::object::Object;
+use crate::stats_file::StatsFile;
+use crate::usercopy::{Plain, read, read_slice, write, write_slice};
+use crate::vm::Vm;
+use kvm_bindings::{
+    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_dirty_log, kvm_irq_level, kvm_irq_routing_entry,
+    kvm_irqchip, kvm_msi, kvm_pit_config, kvm_userspace_memory_region,
+    kvm_userspace_memory_region2,
+};
+use rustix::io::Errno;
+use std::sync::Arc;
+
+/// Flags that `KVM_SET_USER_MEMORY_REGION` takes.
+const REGION_V1_FLAGS: u32 = KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY;
+
+pub(super) fn ioctl(vm: &Arc<Vm>, request: u64, argument: usize) -> Reply {
+    if !vm.is_ours() {
+        return Err(Errno::IO);
+    }
+    match request {
+        KVM_CREATE_VCPU => create_vcpu(vm, argument),
+        KVM_SET_USER_MEMORY_REGION => set_user_memory_region(vm, argument),
+        KVM_SET_USER_MEMORY_REGION2 => done(vm.set_user_memory_region(&read(argument)?)),
+        KVM_GET_DIRTY_LOG => get_dirty_log(vm, argument),
+        KVM_CHECK_EXTENSION => Ok(capability::check(argument as u64) as i32),
+        KVM_ENABLE_CAP => done(vm.enable_cap(&read(argument)?)),
+        KVM_SET_NR_MMU_PAGES => done(vm.set_nr_mmu_pages(argument as u64)),
+        KVM_GET_NR_MMU_PAGES => Ok(vm.get_nr_mmu_pages() as i32),
+        KVM_SET_TSS_ADDR => done(vm.set_tss_addr(argument as u64)),
+        KVM_SET_IDENTITY_MAP_ADDR => done(vm.set_identity_map_addr(read(argument)?)),
+        KVM_SET_BOOT_CPU_ID => done(vm.set_boot_cpu_id(argument as u32)),
+        KVM_CREATE_IRQCHIP => done(vm.create_irqchip()),
+        KVM_GET_IRQCHIP => {
+            // Only the first word says which; the whole structure comes in, as with KVM.
+            let chip: kvm_irqchip = read(argument)?;
+            reply(argument, vm.get_irqchip(chip.chip_id))
+        }
+        KVM_SET_IRQCHIP => done(vm.set_irqchip(&read(argument)?)),
+        KVM_CREATE_PIT => done(vm.create_pit()),
+        KVM_CREATE_PIT2 => {
+            let _: kvm_pit_config = read(argument)?;
+            done(vm.create_pit())
+        }
+        KVM_GET_PIT2 => reply(argument, vm.get_pit()),
+        KVM_SET_PIT2 => done(vm.set_pit(&read(argument)?)),
+        KVM_IRQ_LINE | KVM_IRQ_LINE_STATUS => {
+            let line: kvm_irq_level = read(argument)?;
+            #[expect(unsafe_code)] // UNSAFETY: reads a union.
+            // SAFETY: both members are the same integer.
+            let irq = unsafe { line.__bindgen_anon_1.irq };
+            vm.irq_line(irq, line.level != 0)?;
+            if request == KVM_IRQ_LINE_STATUS {
+                write(argument, &line)?;
+            }
+            Ok(0)
+        }
+        KVM_SET_GSI_ROUTING => set_gsi_routing(vm, argument),
+        KVM_SIGNAL_MSI => {
+            let _: kvm_msi = read(argument)?;
+            Err(Errno::INVAL)
+        }
+        KVM_IRQFD => done(vm.irqfd(&read(argument)?)),
+        KVM_IOEVENTFD => done(vm.ioeventfd(&read(argument)?)),
+        KVM_REGISTER_COALESCED_MMIO => done(vm.register_coalesced_mmio(&read(argument)?)),
+        KVM_UNREGISTER_COALESCED_MMIO => done(vm.unregister_coalesced_mmio(&read(argument)?)),
+        KVM_GET_TSC_KHZ => Ok(vm.get_tsc_khz() as i32),
+        KVM_SET_TSC_KHZ => done(vm.set_tsc_khz(argument as u32)),
+        KVM_GET_CLOCK => reply(argument, Ok(vm.get_clock())),
+        KVM_SET_CLOCK => done(vm.set_clock(&read(argument)?)),
+        KVM_GET_STATS_FD => {
+            let (stats, file) = StatsFile::of_vm(vm)?;
+            Ok(descriptor::install(file, Object::Stats(Arc::new(stats))))
+        }
+        _ => Err(unknown("VM", request)),
+    }
+}
+
+fn done(result: Result<(), Errno>) -> Reply {
+    result.map(|()| 0)
+}
+
+fn reply<T: Plain>(address: usize, value: Result<T, Errno>) -> Reply {
+    write(address, &value?)?;
+    Ok(0)
+}
+
+fn create_vcpu(vm: &Arc<Vm>, id: usize) -> Reply {
+    let (vcpu, file) = vm.create_vcpu(id as u64)?;
+    Ok(descriptor::install(file, Object::Vcpu(vcpu)))
+}
+
+fn set_user_memory_region(vm: &Vm, argument: usize) -> Reply {
+    let region: kvm_userspace_memory_region = read(argument)?;
+    if region.flags & !REGION_V1_FLAGS != 0 {
+        return Err(Errno::INVAL);
+    }
+    done(vm.set_user_memory_region(&kvm_userspace_memory_region2 {
+        slot: region.slot,
+        flags: region.flags,
+        guest_phys_addr: region.guest_phys_addr,
+        memory_size: region.memory_size,
+        userspace_addr: region.userspace_addr,
+        ..Default::default()
+    }))
+}
+
+fn get_dirty_log(vm: &Vm, argument: usize) -> Reply {
+    let log: kvm_dirty_log = read(argument)?;
+    let bitmap = vm.get_dirty_log(log.slot)?;
+    #[expect(unsafe_code)] // UNSAFETY: reads a union.
+    // SAFETY: both members are 64-bit integers or pointers.
+    let address = unsafe { log.__bindgen_anon_1.padding2 };
+    write_slice(address as usize, &bitmap)?;
+    Ok(0)
+}
+
+fn set_gsi_routing(vm: &Vm, argument: usize) -> Reply {
+    let [routes, flags]: [u32; 2] = read(argument)?;
+    vm.set_gsi_routing(routes, flags)?;
+    let entries = argument.checked_add(8).ok_or(Errno::FAULT)?;
+    let _: Vec<kvm_irq_routing_entry> = read_slice(entries, routes as usize)?;
+    Ok(0)
+}

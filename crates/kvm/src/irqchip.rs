@@ -1,0 +1,112 @@
+//! The interrupt controllers that a program may ask the kernel for.
+//!
+//! They are accepted, and their state can be set and read back, because programs create them for
+//! guests that never use them. They deliver nothing: a guest that halts to wait for an interrupt,
+//! or touches a controller, ends in `KVM_EXIT_INTERNAL_ERROR` with a log line.
+
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip, kvm_pit_state2,
+};
+use rustix::io::Errno;
+
+/// Which controllers the hypervisor has to provide.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub(crate) enum Model {
+    /// None: the program injects interrupts itself.
+    #[default]
+    None,
+    /// `KVM_CREATE_IRQCHIP`: two PICs, an I/O APIC, a local APIC for each vCPU.
+    Kernel,
+    /// `KVM_CAP_SPLIT_IRQCHIP`: only the local APICs.
+    Split,
+}
+
+/// The controllers of one VM.
+#[derive(Default)]
+pub(crate) struct Irqchip {
+    pub(crate) model: Model,
+    chips: [kvm_irqchip; 3],
+    pit: Option<kvm_pit_state2>,
+}
+
+impl Irqchip {
+    /// `KVM_CREATE_IRQCHIP` and `KVM_CAP_SPLIT_IRQCHIP`: `EEXIST` if there is one, `EINVAL` if
+    /// there are vCPUs.
+    pub(crate) fn create(&mut self, model: Model, has_vcpus: bool) -> Result<(), Errno> {
+        if self.model != Model::None {
+            return Err(Errno::EXIST);
+        }
+        if has_vcpus {
+            return Err(Errno::INVAL);
+        }
+        self.model = model;
+        for (chip, state) in self.chips.iter_mut().enumerate() {
+            state.chip_id = chip as u32;
+        }
+        Ok(())
+    }
+
+    /// `KVM_GET_IRQCHIP`: `ENXIO` without in-kernel controllers, `EINVAL` for an unknown one.
+    pub(crate) fn chip(&self, id: u32) -> Result<kvm_irqchip, Errno> {
+        Ok(self.chips[self.index(id)?])
+    }
+
+    /// `KVM_SET_IRQCHIP`, with the same errors.
+    pub(crate) fn set_chip(&mut self, chip: &kvm_irqchip) -> Result<(), Errno> {
+        let index = self.index(chip.chip_id)?;
+        self.chips[index] = *chip;
+        Ok(())
+    }
+
+    fn index(&self, id: u32) -> Result<usize, Errno> {
+        if self.model != Model::Kernel {
+            return Err(Errno::NXIO);
+        }
+        match id {
+            KVM_IRQCHIP_PIC_MASTER | KVM_IRQCHIP_PIC_SLAVE | KVM_IRQCHIP_IOAPIC => Ok(id as usize),
+            _ => Err(Errno::INVAL),
+        }
+    }
+
+    /// `KVM_CREATE_PIT2`: `EEXIST` if there is one, `ENOENT` without the PICs that it raises.
+    pub(crate) fn create_pit(&mut self) -> Result<(), Errno> {
+        if self.pit.is_some() {
+            return Err(Errno::EXIST);
+        }
+        if self.model != Model::Kernel {
+            return Err(Errno::NOENT);
+        }
+        self.pit = Some(kvm_pit_state2::default());
+        Ok(())
+    }
+
+    /// `KVM_GET_PIT2`: `ENXIO` if there is none.
+    pub(crate) fn pit(&self) -> Result<kvm_pit_state2, Errno> {
+        self.pit.ok_or(Errno::NXIO)
+    }
+
+    /// `KVM_SET_PIT2`: `ENXIO` if there is none.
+    pub(crate) fn set_pit(&mut self, state: &kvm_pit_state2) -> Result<(), Errno> {
+        *self.pit.as_mut().ok_or(Errno::NXIO)? = *state;
+        Ok(())
+    }
+
+    /// Whether a port belongs to a controller that the hypervisor should have emulated.
+    pub(crate) fn owns_port(&self, port: u16) -> bool {
+        self.model == Model::Kernel && matches!(port, 0x20 | 0x21 | 0xa0 | 0xa1 | 0x4d0 | 0x4d1)
+            || self.pit.is_some() && matches!(port, 0x40..=0x43 | 0x61)
+    }
+}
+
+/// Whether memory belongs to a controller: the local APIC's page, or the I/O APIC's.
+pub(crate) fn owns_memory(model: Model, apic_base: u64, address: u64) -> bool {
+    const ENABLED: u64 = 1 << 11;
+    let page = address & !0xfff;
+    match model {
+        Model::None => false,
+        Model::Split => apic_base & ENABLED != 0 && page == apic_base & !0xfff,
+        Model::Kernel => {
+            page == 0xfec0_0000 || apic_base & ENABLED != 0 && page == apic_base & !0xfff
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! The VM's second-stage tables, in whichever format its processors walk.
+
+use crate::host::ProcessMemory;
+use std::ops::Range;
+use std::sync::Arc;
+use twofold_arch::Gpa;
+use twofold_arch::eptp::Eptp;
+use twofold_cpu::{Machine, MachineConfig, SecondStage, SecondStageKind};
+use twofold_mmu::{
+    Config, DirtyLogError, Ept, Fault, FaultError, Mmu, Npt, OutOfMemory, Outcome, PendingChange,
+    Reader, Region, RegionError, Root, RootRole, SlotInfo, Stats,
+};
+
+/// Bits of a host-physical address in the entries. They are this process's virtual addresses.
+const HOST_ADDRESS_BITS: u8 = 51;
+
+/// Which second-stage format a VM uses, and with it whose processor the guest sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Kind {
+    /// Extended page tables: an Intel processor.
+    #[default]
+    Ept,
+    /// Nested page tables: an AMD processor.
+    Npt,
+}
+
+impl Kind {
+    /// What the environment variable `TWOFOLD_SECOND_STAGE` asks for: `ept` (also when it is not
+    /// set) or `npt`. Anything else is named in a log line and taken for `ept`.
+    pub fn from_environment() -> Self {
+        match std::env::var("TWOFOLD_SECOND_STAGE").as_deref() {
+            Ok("npt") => Self::Npt,
+            Ok("ept" | "") | Err(_) => Self::Ept,
+            Ok(other) => {
+                tracing::warn!(value = other, "TWOFOLD_SECOND_STAGE is neither ept nor npt");
+                Self::Ept
+            }
+        }
+    }
+
+    pub(crate) fn machine_config(self) -> MachineConfig {
+        MachineConfig {
+            second_stage: match self {
+                Self::Ept => SecondStageKind::Ept,
+                Self::Npt => SecondStageKind::Npt,
+            },
+            maxphyaddr: HOST_ADDRESS_BITS,
+            hpa_offset: 0,
+        }
+    }
+}
+
+/// The MMU of one VM.
+pub(crate) enum Tables {
+    Ept(Mmu<Ept, ProcessMemory>),
+    Npt(Mmu<Npt, ProcessMemory>),
+}
+
+macro_rules! either {
+    ($self:expr, $mmu:ident => $work:expr) => {
+        match $self {
+            Tables::Ept($mmu) => $work,
+            Tables::Npt($mmu) => $work,
+        }
+    };
+}
+
+impl Tables {
+    pub(crate) fn new(kind: Kind, machine: Arc<Machine>) -> Self {
+        let host = ProcessMemory::new(machine);
+        let config = Config {
+            maxphyaddr: HOST_ADDRESS_BITS,
+            ..Config::default()
+        };
+        match kind {
+            Kind::Ept => Self::Ept(Mmu::new(host, config)),
+            Kind::Npt => Self::Npt(Mmu::new(host, config)),
+        }
+    }
+
+    /// What a processor needs to walk the tables below `root`.
+    pub(crate) fn pointer(&self, root: &Root) -> SecondStage {
+        let (hpa, level) = (root.hpa(), root.role().level);
+        match self {
+            Self::Ept(_) => SecondStage::Ept(Eptp::new(hpa, level, true)),
+            Self::Npt(_) => SecondStage::Npt { root: hpa, level },
+        }
+    }
+
+    pub(crate) fn set_region(&self, region: Region) -> Result<(), RegionError> {
+        either!(self, mmu => mmu.set_region(region))
+    }
+
+    pub(crate) fn set_slot_zap_all(&self, all: bool) {
+        either!(self, mmu => mmu.set_slot_zap_all(all));
+    }
+
+    pub(crate) fn reader(&self) -> Reader {
+        either!(self, mmu => mmu.reader())
+    }
+
+    pub(crate) fn load_root(&self) -> Result<Root, OutOfMemory> {
+        either!(self, mmu => mmu.load_root(RootRole::NORMAL))
+    }
+
+    #[inline]
+    pub(crate) fn fault(
+        &self,
+        reader: &mut Reader,
+        root: &Root,
+        fault: Fault,
+    ) -> Result<Outcome, FaultError> {
+        either!(self, mmu => mmu.fault(reader, root, fault))
+    }
+
+    /// The slot of the normal address space that holds `gpa`.
+    pub(crate) fn lookup(&self, reader: &mut Reader, gpa: Gpa) -> Option<SlotInfo> {
+        either!(self, mmu => mmu.lookup(reader, RootRole::NORMAL.as_id(), gpa))
+    }
+
+    pub(crate) fn begin_host_change(&self, hva: Range<u64>) -> PendingChange {
+        either!(self, mmu => mmu.begin_host_change(hva))
+    }
+
+    pub(crate) fn end_host_change(&self, change: PendingChange) {
+        either!(self, mmu => mmu.end_host_change(change));
+    }
+
+    pub(crate) fn dirty_log_get(
+        &self,
+        as_id: u16,
+        slot: u16,
+        bitmap: &mut [u64],
+    ) -> Result<(), DirtyLogError> {
+        either!(self, mmu => mmu.dirty_log_get(as_id, slot, bitmap))
+    }
+
+    pub(crate) fn slot(&self, as_id: u16, slot: u16) -> Option<SlotInfo> {
+        either!(self, mmu => mmu.slot(as_id, slot))
+    }
+
+    pub(crate) fn stats(&self) -> Stats {
+        either!(self, mmu => mmu.stats())
+    }
+}

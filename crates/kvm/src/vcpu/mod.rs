@@ -1,0 +1,436 @@
+//! A virtual processor: `KVM_CREATE_VCPU` and the ioctls on its descriptor.
+
+mod counters;
+mod events;
+mod exit;
+mod fpu;
+mod msr;
+mod registers;
+mod run;
+mod run_page;
+mod signal;
+
+pub use run_page::VCPU_MMAP_SIZE;
+pub use signal::{RunSignals, register_run_signals};
+
+pub(crate) use counters::Counters;
+pub(crate) use fpu::XSAVE_WORDS;
+pub(crate) use msr::{FEATURES as FEATURE_MSRS, SAVED as SAVED_MSRS, feature as feature_msr};
+pub(crate) use signal::interrupt_current_run;
+
+use crate::irqchip::Model;
+use crate::sync::Mutex;
+use crate::vm::Vm;
+use crate::{cpuid, tsc, usercopy};
+use exit::Answer;
+use kvm_bindings::{
+    KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED,
+    kvm_cpuid_entry2, kvm_debugregs, kvm_fpu, kvm_guest_debug, kvm_lapic_state, kvm_mp_state,
+    kvm_msr_entry, kvm_regs, kvm_sregs, kvm_sregs2, kvm_translation, kvm_vcpu_events, kvm_xcrs,
+};
+use run_page::RunPage;
+use rustix::fd::OwnedFd;
+use rustix::io::Errno;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, MutexGuard};
+use twofold_cpu::{Cpu, CpuidEntry, Line};
+use twofold_mmu::{Reader, Root};
+
+/// IA32_APIC_BASE after reset: the default page, enabled.
+const APIC_BASE_RESET: u64 = 0xfee0_0800;
+/// The bit of IA32_APIC_BASE that marks the bootstrap processor.
+const APIC_BASE_BSP: u64 = 1 << 8;
+
+/// What the VM keeps of a vCPU, for as long as the VM lives.
+pub(crate) struct VcpuCore {
+    pub(crate) id: u32,
+    pub(crate) run: RunPage,
+    pub(crate) counters: Counters,
+    line: Arc<Line>,
+    /// A signal came while the vCPU ran; `KVM_RUN` returns `EINTR`.
+    signalled: AtomicBool,
+    /// Everything that one ioctl at a time may touch (KVM's `vcpu->mutex`).
+    state: Mutex<VcpuState>,
+}
+
+/// What a vCPU consists of.
+pub(crate) struct VcpuState {
+    cpu: Cpu,
+    reader: Reader,
+    root: Option<Root>,
+    /// What the program has to supply before the guest goes on.
+    answer: Answer,
+    cpuid: Vec<kvm_cpuid_entry2>,
+    has_run: bool,
+    mp_state: u32,
+    apic_base: u64,
+    lapic: Option<Box<kvm_lapic_state>>,
+    stored_msrs: msr::Stored,
+    /// The exception that waits has been injected, rather than being pending.
+    exception_injected: bool,
+    signal_mask: Option<u64>,
+    /// Where host memory vanished last, and how many instructions had been executed then.
+    last_host_fault: Option<(u64, u64)>,
+}
+
+impl VcpuCore {
+    /// A vCPU after reset, and the file that its program maps.
+    pub(crate) fn new(vm: &Vm, id: u32, index: u32) -> Result<(Arc<Self>, OwnedFd), Errno> {
+        let (run, file) = RunPage::new(id)?;
+        let mut cpu = Cpu::new(Arc::clone(vm.machine()), index);
+        let mut msrs = cpu.msrs();
+        msrs.tsc_offset = 0_u64.wrapping_sub(tsc::now());
+        cpu.set_msrs(&msrs);
+        let is_bsp = id == vm.boot_cpu_id();
+        let irqchip = vm.irqchip_model();
+        let state = VcpuState {
+            reader: vm.tables().reader(),
+            root: None,
+            answer: Answer::None,
+            cpuid: Vec::new(),
+            has_run: false,
+            mp_state: if irqchip == Model::None || is_bsp {
+                KVM_MP_STATE_RUNNABLE
+            } else {
+                KVM_MP_STATE_UNINITIALIZED
+            },
+            apic_base: APIC_BASE_RESET | if is_bsp { APIC_BASE_BSP } else { 0 },
+            lapic: (irqchip != Model::None).then(|| new_lapic(id)),
+            stored_msrs: msr::Stored::default(),
+            exception_injected: false,
+            signal_mask: None,
+            last_host_fault: None,
+            cpu,
+        };
+        let core = Arc::new(Self {
+            id,
+            run,
+            counters: Counters::default(),
+            line: Arc::clone(state.cpu.line()),
+            signalled: AtomicBool::new(false),
+            state: Mutex::new(state),
+        });
+        Ok((core, file))
+    }
+}
+
+/// A local APIC after reset: its id, version, and everything masked.
+fn new_lapic(id: u32) -> Box<kvm_lapic_state> {
+    let mut lapic = Box::new(kvm_lapic_state::default());
+    let mut put = |register: usize, value: u32| {
+        for (byte, new) in lapic.regs[register..register + 4]
+            .iter_mut()
+            .zip(value.to_le_bytes())
+        {
+            *byte = new as _;
+        }
+    };
+    put(0x20, id << 24);
+    put(0x30, 0x5_0014);
+    put(0xe0, u32::MAX);
+    put(0xf0, 0xff);
+    for local_vector in [0x320, 0x330, 0x340, 0x350, 0x360, 0x370] {
+        put(local_vector, 1 << 16);
+    }
+    lapic
+}
+
+/// A virtual processor: what a vCPU descriptor refers to. Clones refer to the same vCPU, and keep
+/// its VM alive.
+///
+/// One method at a time works on a vCPU; others wait, for as long as the guest runs.
+#[derive(Clone)]
+pub struct Vcpu {
+    vm: Arc<Vm>,
+    core: Arc<VcpuCore>,
+}
+
+impl Vcpu {
+    pub(crate) fn new(vm: Arc<Vm>, core: Arc<VcpuCore>) -> Self {
+        Self { vm, core }
+    }
+
+    /// The VM that the vCPU belongs to.
+    pub fn vm(&self) -> &Arc<Vm> {
+        &self.vm
+    }
+
+    /// The number that the program gave the vCPU.
+    pub fn id(&self) -> u32 {
+        self.core.id
+    }
+
+    pub(crate) fn core(&self) -> &Arc<VcpuCore> {
+        &self.core
+    }
+
+    fn state(&self) -> MutexGuard<'_, VcpuState> {
+        self.core.state.lock()
+    }
+
+    /// `KVM_GET_REGS`
+    pub fn get_regs(&self) -> kvm_regs {
+        self.state().regs()
+    }
+
+    /// `KVM_SET_REGS`
+    pub fn set_regs(&self, regs: &kvm_regs) {
+        self.state().set_regs(regs);
+    }
+
+    /// `KVM_GET_SREGS`
+    pub fn get_sregs(&self) -> kvm_sregs {
+        self.state().sregs()
+    }
+
+    /// `KVM_SET_SREGS`
+    ///
+    /// # Errors
+    /// `EINVAL` for a state that no processor can be in.
+    pub fn set_sregs(&self, sregs: &kvm_sregs) -> Result<(), Errno> {
+        self.state().set_sregs(sregs)
+    }
+
+    /// `KVM_GET_SREGS2`
+    pub fn get_sregs2(&self) -> kvm_sregs2 {
+        self.state().sregs2()
+    }
+
+    /// `KVM_SET_SREGS2`
+    ///
+    /// # Errors
+    /// `EINVAL` for an unknown flag, for PDPTEs outside PAE paging, and for a state that no
+    /// processor can be in.
+    pub fn set_sregs2(&self, sregs: &kvm_sregs2) -> Result<(), Errno> {
+        self.state().set_sregs2(sregs)
+    }
+
+    /// `KVM_GET_FPU`
+    pub fn get_fpu(&self) -> kvm_fpu {
+        self.state().fpu()
+    }
+
+    /// `KVM_SET_FPU`
+    pub fn set_fpu(&self, fpu: &kvm_fpu) {
+        self.state().set_fpu(fpu);
+    }
+
+    /// `KVM_GET_XSAVE`: the 4096 bytes of an XSAVE area in standard format, as 32-bit words.
+    pub fn get_xsave(&self) -> [u32; XSAVE_WORDS] {
+        self.state().xsave()
+    }
+
+    /// `KVM_SET_XSAVE`
+    ///
+    /// # Errors
+    /// `EINVAL` for components that the processor does not have, and for reserved bits.
+    pub fn set_xsave(&self, area: &[u32; XSAVE_WORDS]) -> Result<(), Errno> {
+        self.state().set_xsave(area)
+    }
+
+    /// `KVM_GET_XCRS`
+    pub fn get_xcrs(&self) -> kvm_xcrs {
+        self.state().xcrs()
+    }
+
+    /// `KVM_SET_XCRS`
+    ///
+    /// # Errors
+    /// `EINVAL` for an XCR0 that the processor cannot hold, too many registers, or a flag.
+    pub fn set_xcrs(&self, xcrs: &kvm_xcrs) -> Result<(), Errno> {
+        self.state().set_xcrs(xcrs)
+    }
+
+    /// `KVM_GET_DEBUGREGS`
+    pub fn get_debugregs(&self) -> kvm_debugregs {
+        self.state().debugregs()
+    }
+
+    /// `KVM_SET_DEBUGREGS`
+    ///
+    /// # Errors
+    /// `EINVAL` for flags and for upper halves of DR6 and DR7.
+    pub fn set_debugregs(&self, debug: &kvm_debugregs) -> Result<(), Errno> {
+        self.state().set_debugregs(debug)
+    }
+
+    /// `KVM_GET_VCPU_EVENTS`
+    pub fn get_vcpu_events(&self) -> kvm_vcpu_events {
+        self.state().events(self.vm.exception_payload())
+    }
+
+    /// `KVM_SET_VCPU_EVENTS`
+    ///
+    /// # Errors
+    /// `EINVAL` for unknown flags and for vectors that are no exception.
+    pub fn set_vcpu_events(&self, events: &kvm_vcpu_events) -> Result<(), Errno> {
+        self.state().set_events(events, self.vm.exception_payload())
+    }
+
+    /// `KVM_GET_MP_STATE`
+    pub fn get_mp_state(&self) -> kvm_mp_state {
+        self.state().mp_state()
+    }
+
+    /// `KVM_SET_MP_STATE`
+    ///
+    /// # Errors
+    /// `EINVAL` for unknown states, and for all but "runnable" without an in-kernel local APIC.
+    pub fn set_mp_state(&self, state: &kvm_mp_state) -> Result<(), Errno> {
+        self.state().set_mp_state(state, self.vm.irqchip_model())
+    }
+
+    /// `KVM_INTERRUPT`
+    ///
+    /// # Errors
+    /// `EINVAL` above 255, `ENXIO` with an in-kernel interrupt controller, `EEXIST` while a split
+    /// one still holds an interrupt.
+    pub fn interrupt(&self, vector: u32) -> Result<(), Errno> {
+        self.state().interrupt(vector, self.vm.irqchip_model())?;
+        self.core.counters.irq_injections.increment();
+        Ok(())
+    }
+
+    /// `KVM_NMI`
+    pub fn nmi(&self) {
+        self.state().cpu.inject_nmi();
+        self.core.counters.nmi_injections.increment();
+    }
+
+    /// `KVM_SET_GUEST_DEBUG`
+    ///
+    /// # Errors
+    /// `EBUSY` if an exception is to be injected while one waits.
+    pub fn set_guest_debug(&self, debug: &kvm_guest_debug) -> Result<(), Errno> {
+        self.state().set_guest_debug(debug)
+    }
+
+    /// `KVM_SET_CPUID2`
+    ///
+    /// # Errors
+    /// `E2BIG` for more than 256 entries; `EINVAL` for a size of linear addresses other than 48 or
+    /// 57, and for any change once the vCPU has run.
+    pub fn set_cpuid2(&self, table: &[kvm_cpuid_entry2]) -> Result<(), Errno> {
+        if table.len() > cpuid::MAX_ENTRIES {
+            return Err(Errno::TOOBIG);
+        }
+        let mut state = self.state();
+        if state.has_run && state.cpuid != table || !cpuid::is_possible(table) {
+            return Err(Errno::INVAL);
+        }
+        state.cpu.set_cpuid(
+            table
+                .iter()
+                .map(|entry| CpuidEntry {
+                    leaf: entry.function,
+                    subleaf: entry.index,
+                    has_subleaf: entry.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0,
+                    eax: entry.eax,
+                    ebx: entry.ebx,
+                    ecx: entry.ecx,
+                    edx: entry.edx,
+                })
+                .collect(),
+        );
+        state.cpuid = table.to_vec();
+        Ok(())
+    }
+
+    /// `KVM_GET_CPUID2`
+    pub fn get_cpuid2(&self) -> Vec<kvm_cpuid_entry2> {
+        self.state().cpuid.clone()
+    }
+
+    /// `KVM_GET_MSRS`: fills in the values up to the first register that the vCPU does not have.
+    /// How many that were.
+    pub fn get_msrs(&self, entries: &mut [kvm_msr_entry]) -> usize {
+        let mut state = self.state();
+        let mut done = 0;
+        for entry in entries {
+            let Some(value) = state.msr(entry.index) else {
+                break;
+            };
+            entry.data = value;
+            done += 1;
+        }
+        done
+    }
+
+    /// `KVM_SET_MSRS`: sets registers up to the first that does not take its value. How many that
+    /// were.
+    pub fn set_msrs(&self, entries: &[kvm_msr_entry]) -> usize {
+        let mut state = self.state();
+        entries
+            .iter()
+            .take_while(|entry| state.set_msr(entry.index, entry.data, false))
+            .count()
+    }
+
+    /// `KVM_GET_LAPIC`
+    ///
+    /// # Errors
+    /// `EINVAL` without an in-kernel local APIC.
+    pub fn get_lapic(&self) -> Result<kvm_lapic_state, Errno> {
+        self.state().lapic.as_deref().copied().ok_or(Errno::INVAL)
+    }
+
+    /// `KVM_SET_LAPIC`
+    ///
+    /// # Errors
+    /// `EINVAL` without an in-kernel local APIC.
+    pub fn set_lapic(&self, lapic: &kvm_lapic_state) -> Result<(), Errno> {
+        **self.state().lapic.as_mut().ok_or(Errno::INVAL)? = *lapic;
+        Ok(())
+    }
+
+    /// `KVM_TRANSLATE`
+    pub fn translate(&self, linear_address: u64) -> kvm_translation {
+        let mut state = self.state();
+        let VcpuState { cpu, reader, .. } = &mut *state;
+        let translated = cpu.translate(linear_address, |gpa| {
+            let slot = self.vm.tables().lookup(reader, gpa)?;
+            let page = slot.hva_of(gpa.frame());
+            usercopy::read(page.wrapping_add(gpa.page_offset()) as usize).ok()
+        });
+        let physical = translated.map_or(u64::MAX, |translation| translation.gpa.get());
+        kvm_translation {
+            linear_address,
+            physical_address: physical,
+            valid: u8::from(physical != u64::MAX),
+            writeable: 1,
+            usermode: 0,
+            pad: [0; 5],
+        }
+    }
+
+    /// `KVM_GET_TSC_KHZ`
+    pub fn get_tsc_khz(&self) -> u32 {
+        tsc::khz()
+    }
+
+    /// `KVM_SET_TSC_KHZ`. The counter runs at the host's rate, so only rates that differ from it by
+    /// no more than 250 parts in a million are accepted, and 0 for the host's.
+    ///
+    /// # Errors
+    /// `EINVAL` for another rate.
+    pub fn set_tsc_khz(&self, khz: u32) -> Result<(), Errno> {
+        check_tsc_khz(khz)
+    }
+
+    /// `KVM_SET_SIGNAL_MASK`: the signals that are blocked while the vCPU runs, or `None` for the
+    /// thread's own.
+    pub fn set_signal_mask(&self, mask: Option<u64>) {
+        self.state().signal_mask = mask;
+    }
+}
+
+/// Whether the guest's counter can run at this rate.
+pub(crate) fn check_tsc_khz(khz: u32) -> Result<(), Errno> {
+    let host = tsc::khz();
+    let tolerance = u64::from(host) * 250 / 1_000_000;
+    if khz == 0 || u64::from(khz.abs_diff(host)) <= tolerance {
+        Ok(())
+    } else {
+        Err(Errno::INVAL)
+    }
+}

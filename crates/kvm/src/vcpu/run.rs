@@ -1,0 +1,639 @@
+//! `KVM_RUN`: the loop between the processor, the MMU, the devices and the program.
+//!
+//! The ordinary path (an exit that the program asked for, and re-entry) makes no system call,
+//! allocates nothing and takes one uncontended mutex.
+
+use super::exit::Answer;
+use super::run_page::PIO_DATA_SIZE;
+use super::signal::Running;
+use super::{Vcpu, VcpuState};
+use crate::bus::Space;
+use crate::irqchip::{self, Model};
+use crate::vm::HypercallExits;
+use kvm_bindings::{
+    KVM_EXIT_HLT, KVM_EXIT_INTR, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_SHUTDOWN, KVM_EXIT_UNKNOWN,
+    KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_INTERNAL_ERROR_EMULATION, KVM_MP_STATE_HALTED,
+    KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_SIPI_RECEIVED,
+    KVM_MP_STATE_UNINITIALIZED, KVM_MSR_EXIT_REASON_UNKNOWN, KVM_SYNC_X86_EVENTS,
+    KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, KVM_SYNC_X86_VALID_FIELDS, kvm_sync_regs,
+};
+use rustix::io::Errno;
+use std::mem::offset_of;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use twofold_arch::qualification::Qualification;
+use twofold_arch::{Gpa, PAGE_SIZE, Pferr};
+use twofold_cpu::state::efer;
+use twofold_cpu::{Exception, Exit, SecondStageFault, vector};
+use twofold_mmu::{Fault, FaultError, Outcome};
+
+/// Hypercall numbers and results of the KVM ABI (`linux/kvm_para.h`).
+const KVM_HC_VAPIC_POLL_IRQ: u64 = 1;
+const KVM_HC_MAP_GPA_RANGE: u64 = 12;
+const KVM_ENOSYS: u64 = 1000;
+const KVM_EPERM: u64 = 1;
+const KVM_EINVAL: u64 = 22;
+/// `KVM_EXIT_HYPERCALL_LONG_MODE`
+const HYPERCALL_LONG_MODE: u64 = 1;
+
+const SYNC_FIELDS: u64 = KVM_SYNC_X86_VALID_FIELDS as u64;
+
+/// What the loop does next.
+enum Next {
+    /// Runs the guest again.
+    Enter,
+    /// Returns to the program with this reason, which is in the run page already.
+    Return(u32),
+}
+
+impl Vcpu {
+    /// `KVM_RUN`: runs the guest until the program has to do something, which `struct kvm_run`
+    /// describes.
+    ///
+    /// # Errors
+    /// `EINTR` after a signal or with `immediate_exit` set; `EFAULT` when the guest needs host
+    /// memory that is not there; `EINVAL` for registers in `struct kvm_run` that no processor can
+    /// hold, or fields that are not known; `ENOMEM` when there is no page for a table.
+    pub fn run(&self) -> Result<(), Errno> {
+        let mut state = self.core.state.lock();
+        let state = &mut *state;
+        let running = Running::start(&self.core, state.signal_mask);
+        let result = self.run_locked(state);
+        drop(running);
+        result
+    }
+
+    fn run_locked(&self, state: &mut VcpuState) -> Result<(), Errno> {
+        let result = self.prepare(state).and_then(|()| self.enter_guest(state));
+        let page = &self.core.run;
+        if page.valid_regs() & SYNC_FIELDS != 0 && result != Err(Errno::INVAL) {
+            self.store_sync_regs(state);
+        }
+        let open = state.cpu.interrupt_window_open();
+        let interrupts = state.cpu.interrupts_enabled();
+        let ready = open || self.vm.irqchip_model() == Model::Kernel;
+        page.set_summary(ready, interrupts, state.cpu.cr8(), state.apic_base);
+        self.core
+            .counters
+            .instructions
+            .set(state.cpu.counters().instructions);
+        self.core
+            .counters
+            .tlb_flush
+            .set(state.cpu.counters().tlb_flushes);
+        match result {
+            Ok(reason) => {
+                self.core.counters.returns.increment(reason);
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// What KVM does before it enters the guest: blocked vCPUs wait, registers and answers that
+    /// the program left in the run page are taken.
+    fn prepare(&self, state: &mut VcpuState) -> Result<(), Errno> {
+        let page = &self.core.run;
+        if state.mp_state != KVM_MP_STATE_RUNNABLE {
+            self.wait_until_runnable(state)?;
+        }
+        let (valid, dirty) = (page.valid_regs(), page.dirty_regs());
+        if (valid | dirty) & !SYNC_FIELDS != 0 {
+            return Err(Errno::INVAL);
+        }
+        if dirty != 0 {
+            self.load_sync_regs(state, dirty)?;
+        }
+        if self.vm.irqchip_model() == Model::None {
+            let cr8 = page.cr8();
+            if cr8 > 0xf {
+                return Err(Errno::INVAL);
+            }
+            if cr8 != state.cpu.cr8() {
+                state.cpu.set_cr8(cr8);
+            }
+        }
+        self.take_answer(state);
+        Ok(())
+    }
+
+    /// Hands the processor what the program supplied for the exit before.
+    #[inline]
+    fn take_answer(&self, state: &mut VcpuState) {
+        let page = &self.core.run;
+        match std::mem::take(&mut state.answer) {
+            Answer::None => {}
+            Answer::PortInput { bytes } => {
+                let mut data = [0; PIO_DATA_SIZE];
+                let data = &mut data[..bytes.min(PIO_DATA_SIZE)];
+                page.read_io_data(data);
+                state.cpu.complete_io_in(data);
+            }
+            Answer::Memory { length } => {
+                state
+                    .cpu
+                    .complete_mmio_read(&page.mmio_data()[..length.min(8)]);
+            }
+            Answer::Rdmsr => state.cpu.complete_rdmsr(page.msr_answer()),
+            Answer::Wrmsr => state.cpu.complete_wrmsr(page.msr_answer().is_some()),
+            Answer::Hypercall => state.cpu.complete_hypercall(page.hypercall_result()),
+        }
+    }
+
+    /// Runs the guest until the program has to know: the exit reason.
+    fn enter_guest(&self, state: &mut VcpuState) -> Result<u32, Errno> {
+        let page = &self.core.run;
+        let immediate = page.immediate_exit();
+        if immediate {
+            if !state.cpu.has_pending_completion() {
+                return Err(Errno::INTR);
+            }
+        } else {
+            page.set_exit_reason(KVM_EXIT_UNKNOWN);
+            state
+                .cpu
+                .request_interrupt_window(page.request_interrupt_window());
+        }
+        state.has_run = true;
+        loop {
+            if immediate {
+                // Completes what waits, and then comes back as kicked.
+                self.core.line.kick();
+            }
+            self.load_root(state)?;
+            let exit = state.cpu.run();
+            self.core.counters.exits.increment();
+            let next = match exit {
+                Exit::Kicked if immediate => return Err(Errno::INTR),
+                Exit::Kicked if self.core.signalled.load(Ordering::Relaxed) => {
+                    return Err(self.interrupted());
+                }
+                Exit::Kicked => Next::Enter,
+                Exit::Io {
+                    port,
+                    size,
+                    write,
+                    count,
+                } => self.port_access(state, port, size, write, count),
+                Exit::SecondStage(fault) => self.second_stage_fault(state, fault)?,
+                Exit::MmioRead { gpa, len } => self.memory_read(state, gpa, len),
+                Exit::MmioWrite { gpa, len, data } => self.memory_write(state, gpa, len, data),
+                Exit::Halt => self.halt(),
+                Exit::Rdmsr { index } => self.read_msr(state, index),
+                Exit::Wrmsr { index, value } => self.write_msr(state, index, value),
+                Exit::Hypercall { .. } => self.hypercall(state),
+                Exit::InterruptWindow => {
+                    self.core.counters.irq_window_exits.increment();
+                    self.core.counters.request_irq_exits.increment();
+                    page.set_exit_reason(KVM_EXIT_IRQ_WINDOW_OPEN);
+                    Next::Return(KVM_EXIT_IRQ_WINDOW_OPEN)
+                }
+                Exit::Shutdown => {
+                    tracing::debug!(vcpu = self.core.id, rip = state.rip(), "triple fault");
+                    page.set_exit_reason(KVM_EXIT_SHUTDOWN);
+                    Next::Return(KVM_EXIT_SHUTDOWN)
+                }
+                Exit::Debug {
+                    exception,
+                    pc,
+                    dr6,
+                    dr7,
+                } => {
+                    page.set_debug(exception.into(), pc, dr6, dr7);
+                    Next::Return(kvm_bindings::KVM_EXIT_DEBUG)
+                }
+                Exit::Unknown(instruction) => {
+                    tracing::warn!(
+                        vcpu = self.core.id,
+                        rip = state.rip(),
+                        ?instruction,
+                        "the guest executed an instruction that this processor does not have"
+                    );
+                    let length = usize::from(instruction.len).min(instruction.bytes.len());
+                    self.emulation_failure(&instruction.bytes[..length])
+                }
+                Exit::HostFault { hva } => self.host_fault(state, hva)?,
+                other => {
+                    tracing::error!(exit = ?other, "an exit that nobody handles");
+                    self.emulation_failure(&[])
+                }
+            };
+            if let Next::Return(reason) = next {
+                return Ok(reason);
+            }
+        }
+    }
+
+    /// The run was interrupted by a signal.
+    fn interrupted(&self) -> Errno {
+        self.core.run.set_exit_reason(KVM_EXIT_INTR);
+        self.core.counters.signal_exits.increment();
+        self.core.counters.returns.increment(KVM_EXIT_INTR);
+        Errno::INTR
+    }
+
+    /// Makes sure that the processor walks tables that are still the VM's.
+    #[inline]
+    fn load_root(&self, state: &mut VcpuState) -> Result<(), Errno> {
+        match &state.root {
+            Some(root) if !root.is_obsolete() => Ok(()),
+            _ => {
+                let root = self.vm.tables().load_root().map_err(|_| Errno::NOMEM)?;
+                state.cpu.set_second_stage(self.vm.tables().pointer(&root));
+                state.root = Some(root);
+                Ok(())
+            }
+        }
+    }
+
+    fn port_access(
+        &self,
+        state: &mut VcpuState,
+        port: u16,
+        size: u8,
+        write: bool,
+        count: u32,
+    ) -> Next {
+        self.core.counters.io_exits.increment();
+        if self.vm.irqchip_owns_port(port) {
+            return self.irqchip_used("port", port.into());
+        }
+        let page = &self.core.run;
+        if write {
+            let data = state.cpu.io_data();
+            if self.vm.buses().has_devices() && self.write_ports(port, size, data) {
+                return Next::Enter;
+            }
+            page.write_io_data(&data[..data.len().min(PIO_DATA_SIZE)]);
+        } else {
+            state.answer = Answer::PortInput {
+                bytes: usize::from(size) * count as usize,
+            };
+        }
+        page.set_io(write, size, port, count);
+        Next::Return(kvm_bindings::KVM_EXIT_IO)
+    }
+
+    /// Offers port output to the devices. Whether one took the first item; the others then do not
+    /// reach the program either, as in KVM.
+    fn write_ports(&self, port: u16, size: u8, data: &[u8]) -> bool {
+        let mut items = data.chunks_exact(usize::from(size.max(1)));
+        let taken = items
+            .next()
+            .is_some_and(|item| self.vm.buses().write(Space::Port, port.into(), item));
+        if taken {
+            for item in items {
+                self.vm.buses().write(Space::Port, port.into(), item);
+            }
+        }
+        taken
+    }
+
+    fn memory_read(&self, state: &mut VcpuState, gpa: Gpa, length: u8) -> Next {
+        self.core.counters.mmio_exits.increment();
+        if irqchip::owns_memory(self.vm.irqchip_model(), state.apic_base, gpa.get()) {
+            return self.irqchip_used("memory", gpa.get());
+        }
+        state.answer = Answer::Memory {
+            length: length.into(),
+        };
+        self.core
+            .run
+            .set_mmio(gpa.get(), [0; 8], length.into(), false);
+        Next::Return(kvm_bindings::KVM_EXIT_MMIO)
+    }
+
+    fn memory_write(&self, state: &VcpuState, gpa: Gpa, length: u8, data: [u8; 8]) -> Next {
+        self.core.counters.mmio_exits.increment();
+        if irqchip::owns_memory(self.vm.irqchip_model(), state.apic_base, gpa.get()) {
+            return self.irqchip_used("memory", gpa.get());
+        }
+        let bytes = &data[..usize::from(length).min(8)];
+        if self.vm.buses().write(Space::Memory, gpa.get(), bytes) {
+            return Next::Enter;
+        }
+        self.core.run.set_mmio(gpa.get(), data, length.into(), true);
+        Next::Return(kvm_bindings::KVM_EXIT_MMIO)
+    }
+
+    fn halt(&self) -> Next {
+        self.core.counters.halt_exits.increment();
+        if self.vm.irqchip_model() != Model::None {
+            tracing::error!(
+                vcpu = self.core.id,
+                "the guest halts to wait for an interrupt of the in-kernel interrupt controller, \
+                 which delivers none"
+            );
+            return self.emulation_failure(&[0xf4]);
+        }
+        self.core.run.set_exit_reason(KVM_EXIT_HLT);
+        Next::Return(KVM_EXIT_HLT)
+    }
+
+    fn irqchip_used(&self, what: &str, address: u64) -> Next {
+        tracing::error!(
+            vcpu = self.core.id,
+            what,
+            address = format_args!("{address:#x}"),
+            "the guest uses the in-kernel interrupt controller, which is not emulated"
+        );
+        self.emulation_failure(&[])
+    }
+
+    /// `KVM_EXIT_INTERNAL_ERROR` with suberror "emulation".
+    fn emulation_failure(&self, instruction: &[u8]) -> Next {
+        self.core.counters.insn_emulation_fail.increment();
+        if instruction.is_empty() {
+            self.core
+                .run
+                .set_internal_error(KVM_INTERNAL_ERROR_EMULATION, &[]);
+        } else {
+            self.core.run.set_emulation_failure(instruction);
+        }
+        Next::Return(kvm_bindings::KVM_EXIT_INTERNAL_ERROR)
+    }
+
+    fn second_stage_fault(
+        &self,
+        state: &mut VcpuState,
+        fault: SecondStageFault,
+    ) -> Result<Next, Errno> {
+        let (gpa, error) = match fault {
+            SecondStageFault::EptViolation {
+                gpa, qualification, ..
+            } => (
+                gpa,
+                Qualification::from_bits_truncate(qualification).to_pferr(),
+            ),
+            SecondStageFault::EptMisconfiguration { gpa } => (gpa, Pferr::RSVD),
+            SecondStageFault::NestedPageFault { gpa, error } => {
+                (gpa, Pferr::from_bits_truncate(error))
+            }
+        };
+        let counters = &self.core.counters;
+        counters.pf_taken.increment();
+        if error.is_write() {
+            counters.write_faults.increment();
+        } else if error.is_fetch() {
+            counters.fetch_faults.increment();
+        } else {
+            counters.read_faults.increment();
+        }
+        let VcpuState {
+            reader,
+            root: Some(root),
+            ..
+        } = state
+        else {
+            return Ok(Next::Enter);
+        };
+        let outcome = self.vm.tables().fault(reader, root, Fault { gpa, error });
+        let resolved = reader.stats();
+        counters.pf_fast.set(resolved.pf_fast);
+        counters
+            .pf_mmio_spte_created
+            .set(resolved.pf_mmio_spte_created);
+        match outcome {
+            Ok(Outcome::Fixed { .. }) => counters.pf_fixed.increment(),
+            Ok(Outcome::Spurious) => counters.pf_spurious.increment(),
+            Ok(Outcome::Retry) => {}
+            Ok(Outcome::ObsoleteRoot) => state.root = None,
+            Ok(Outcome::Mmio) => {
+                counters.pf_emulate.increment();
+                return Ok(self.no_memory(state, gpa, error, fault));
+            }
+            Err(FaultError::Interrupted) => return Err(self.interrupted()),
+            Err(FaultError::OutOfMemory) => return Err(Errno::NOMEM),
+            Err(FaultError::BadHostMemory) => {
+                self.core
+                    .run
+                    .set_memory_fault(0, gpa.get() & !(PAGE_SIZE - 1), PAGE_SIZE);
+                return Err(Errno::FAULT);
+            }
+            Err(FaultError::Poisoned) => {
+                self.core
+                    .run
+                    .set_memory_fault(0, gpa.get() & !(PAGE_SIZE - 1), PAGE_SIZE);
+                return Err(Errno::HWPOISON);
+            }
+        }
+        Ok(Next::Enter)
+    }
+
+    /// The guest accessed an address without memory: data accesses are the program's to emulate,
+    /// code and page tables cannot be.
+    fn no_memory(
+        &self,
+        state: &mut VcpuState,
+        gpa: Gpa,
+        error: Pferr,
+        fault: SecondStageFault,
+    ) -> Next {
+        if error.contains(Pferr::GUEST_PAGE) {
+            // KVM's own walk finds no table there either, and gives the guest a page fault.
+            if let SecondStageFault::EptViolation { gla, .. } = fault {
+                let user = if state.is_user() {
+                    Pferr::USER.bits() as u32
+                } else {
+                    0
+                };
+                state.cpu.queue_exception(Exception {
+                    vector: vector::PF,
+                    error_code: Some(user),
+                    payload: Some(gla),
+                });
+                return Next::Enter;
+            }
+        } else if !error.is_fetch() {
+            state.cpu.allow_mmio(gpa);
+            return Next::Enter;
+        }
+        tracing::warn!(
+            vcpu = self.core.id,
+            rip = state.rip(),
+            gpa = %gpa,
+            "the guest's code or page tables are where there is no memory"
+        );
+        self.emulation_failure(&[])
+    }
+
+    /// Host memory vanished under a guest access, behind the calls that announce it. What is mapped
+    /// there is dropped, so that the access faults again and finds out what became of it; if it
+    /// ends here a second time without an instruction in between, the memory cannot be used.
+    fn host_fault(&self, state: &mut VcpuState, hva: u64) -> Result<Next, Errno> {
+        let now = (hva & !(PAGE_SIZE - 1), state.cpu.counters().instructions);
+        if state.last_host_fault.replace(now) == Some(now) {
+            tracing::warn!(
+                vcpu = self.core.id,
+                hva = format_args!("{hva:#x}"),
+                "host memory is gone"
+            );
+            return Err(Errno::FAULT);
+        }
+        let tables = self.vm.tables();
+        tables.end_host_change(tables.begin_host_change(now.0..now.0 + PAGE_SIZE));
+        Ok(Next::Enter)
+    }
+
+    fn read_msr(&self, state: &mut VcpuState, index: u32) -> Next {
+        let value = state.msr(index);
+        if value.is_none() && self.vm.exits_for_unknown_msrs() {
+            state.answer = Answer::Rdmsr;
+            let page = &self.core.run;
+            page.set_msr(KVM_EXIT_X86_RDMSR, KVM_MSR_EXIT_REASON_UNKNOWN, index, 0);
+            return Next::Return(KVM_EXIT_X86_RDMSR);
+        }
+        if value.is_none() {
+            tracing::debug!(
+                index = format_args!("{index:#x}"),
+                "RDMSR of an unknown register"
+            );
+        }
+        state.cpu.complete_rdmsr(value);
+        Next::Enter
+    }
+
+    fn write_msr(&self, state: &mut VcpuState, index: u32, value: u64) -> Next {
+        let accepted = state.set_msr(index, value, true);
+        if !accepted && self.vm.exits_for_unknown_msrs() && state.msr(index).is_none() {
+            state.answer = Answer::Wrmsr;
+            let page = &self.core.run;
+            page.set_msr(
+                KVM_EXIT_X86_WRMSR,
+                KVM_MSR_EXIT_REASON_UNKNOWN,
+                index,
+                value,
+            );
+            return Next::Return(KVM_EXIT_X86_WRMSR);
+        }
+        if !accepted {
+            tracing::debug!(
+                index = format_args!("{index:#x}"),
+                value = format_args!("{value:#x}"),
+                "WRMSR refused"
+            );
+        }
+        state.cpu.complete_wrmsr(accepted);
+        Next::Enter
+    }
+
+    fn hypercall(&self, state: &mut VcpuState) -> Next {
+        self.core.counters.hypercalls.increment();
+        let regs = state.regs();
+        let long_mode = state.is_long_mode();
+        let narrow = |value: u64| {
+            if long_mode {
+                value
+            } else {
+                value & 0xffff_ffff
+            }
+        };
+        let number = narrow(regs.rax);
+        let arguments = [narrow(regs.rbx), narrow(regs.rcx), narrow(regs.rdx)];
+        let result = if state.is_user() {
+            KVM_EPERM.wrapping_neg()
+        } else {
+            match number {
+                KVM_HC_VAPIC_POLL_IRQ => 0,
+                KVM_HC_MAP_GPA_RANGE
+                    if self
+                        .vm
+                        .hypercall_exits()
+                        .contains(HypercallExits::MAP_GPA_RANGE) =>
+                {
+                    let [gpa, pages, _] = arguments;
+                    let gfn = gpa / PAGE_SIZE;
+                    if gpa.is_multiple_of(PAGE_SIZE) && gfn.wrapping_add(pages) > gfn {
+                        state.answer = Answer::Hypercall;
+                        let flags = if long_mode { HYPERCALL_LONG_MODE } else { 0 };
+                        self.core.run.set_hypercall(number, arguments, flags);
+                        return Next::Return(kvm_bindings::KVM_EXIT_HYPERCALL);
+                    }
+                    KVM_EINVAL.wrapping_neg()
+                }
+                _ => KVM_ENOSYS.wrapping_neg(),
+            }
+        };
+        state.cpu.complete_hypercall(narrow(result));
+        Next::Enter
+    }
+
+    fn load_sync_regs(&self, state: &mut VcpuState, dirty: u64) -> Result<(), Errno> {
+        let page = &self.core.run;
+        if dirty & u64::from(KVM_SYNC_X86_REGS) != 0 {
+            state.set_regs(&page.sync_regs_part(offset_of!(kvm_sync_regs, regs)));
+            page.clear_dirty_regs(KVM_SYNC_X86_REGS.into());
+        }
+        if dirty & u64::from(KVM_SYNC_X86_SREGS) != 0 {
+            state.set_sregs(&page.sync_regs_part(offset_of!(kvm_sync_regs, sregs)))?;
+            page.clear_dirty_regs(KVM_SYNC_X86_SREGS.into());
+        }
+        if dirty & u64::from(KVM_SYNC_X86_EVENTS) != 0 {
+            let events = page.sync_regs_part(offset_of!(kvm_sync_regs, events));
+            state.set_events(&events, self.vm.exception_payload())?;
+            page.clear_dirty_regs(KVM_SYNC_X86_EVENTS.into());
+        }
+        Ok(())
+    }
+
+    fn store_sync_regs(&self, state: &VcpuState) {
+        let page = &self.core.run;
+        let valid = page.valid_regs();
+        if valid & u64::from(KVM_SYNC_X86_REGS) != 0 {
+            page.set_sync_regs_part(offset_of!(kvm_sync_regs, regs), state.regs());
+        }
+        if valid & u64::from(KVM_SYNC_X86_SREGS) != 0 {
+            page.set_sync_regs_part(offset_of!(kvm_sync_regs, sregs), state.sregs());
+        }
+        if valid & u64::from(KVM_SYNC_X86_EVENTS) != 0 {
+            let events = state.events(self.vm.exception_payload());
+            page.set_sync_regs_part(offset_of!(kvm_sync_regs, events), events);
+        }
+    }
+
+    /// A vCPU that is not runnable waits: for a signal, since no interrupt controller wakes it.
+    fn wait_until_runnable(&self, state: &mut VcpuState) -> Result<(), Errno> {
+        match state.mp_state {
+            KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED | KVM_MP_STATE_HALTED => {
+                if state.mp_state == KVM_MP_STATE_HALTED
+                    && (state.cpu.events().interrupt.is_some() || state.cpu.events().nmi_pending)
+                {
+                    state.mp_state = KVM_MP_STATE_RUNNABLE;
+                    return Ok(());
+                }
+                while !self.core.run.immediate_exit() {
+                    if self.core.signalled.load(Ordering::Relaxed) {
+                        return Err(self.interrupted());
+                    }
+                    // Returns early when a signal arrives; the pause bounds the wait when it
+                    // arrived just before.
+                    let _ = rustix::thread::nanosleep(&rustix::thread::Timespec {
+                        tv_sec: 0,
+                        tv_nsec: Duration::from_millis(20).as_nanos() as _,
+                    });
+                }
+                Err(Errno::INTR)
+            }
+            KVM_MP_STATE_SIPI_RECEIVED => {
+                state.mp_state = KVM_MP_STATE_RUNNABLE;
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl VcpuState {
+    fn rip(&self) -> u64 {
+        self.cpu.rip()
+    }
+
+    fn is_user(&self) -> bool {
+        self.cpu.privilege_level() == 3
+    }
+
+    fn is_long_mode(&self) -> bool {
+        let system = self.cpu.system_registers();
+        system.efer & efer::LMA != 0 && system.cs.long
+    }
+}

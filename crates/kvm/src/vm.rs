@@ -1,0 +1,602 @@
+//! A virtual machine: `KVM_CREATE_VM` and the ioctls on its descriptor.
+
+use crate::bus::Buses;
+use crate::capability;
+use crate::fork;
+use crate::irqchip::{Irqchip, Model};
+use crate::second_stage::{Kind, Tables};
+use crate::summary;
+use crate::sync::{Mutex, ProcessMutex};
+use crate::vcpu::{Vcpu, VcpuCore, check_tsc_khz};
+use crate::{cpuid, tsc};
+use kvm_bindings as kvm;
+use kvm_bindings::{
+    kvm_clock_data, kvm_coalesced_mmio_zone, kvm_enable_cap, kvm_ioeventfd, kvm_irqchip, kvm_irqfd,
+    kvm_pit_state2, kvm_userspace_memory_region2,
+};
+use rustix::fd::OwnedFd;
+use rustix::io::Errno;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant, SystemTime};
+use twofold_cpu::Machine;
+use twofold_mmu::region::RegionErrorKind;
+use twofold_mmu::{DirtyLogError, Region, SlotInfo};
+
+bitflags::bitflags! {
+    /// Hypercalls that leave the guest for the program (`KVM_CAP_EXIT_HYPERCALL`).
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub(crate) struct HypercallExits: u32 {
+        const MAP_GPA_RANGE = 1 << 12;
+    }
+}
+
+/// Fewest pages that `KVM_SET_NR_MMU_PAGES` takes (`KVM_MIN_ALLOC_MMU_PAGES`).
+const MIN_MMU_PAGES: u64 = 64;
+/// Pins that a split interrupt controller may reserve (`MAX_NR_RESERVED_IOAPIC_PINS`).
+const MAX_RESERVED_PINS: u64 = 4096;
+/// Routes that `KVM_SET_GSI_ROUTING` takes (`KVM_MAX_IRQ_ROUTES`).
+const MAX_IRQ_ROUTES: u32 = 4096;
+
+/// A virtual machine. It lives until the last descriptor, vCPU or statistics file that refers to
+/// it is gone.
+pub struct Vm {
+    /// Before `tables`, so that the vCPUs' readers and roots go before the MMU.
+    config: Mutex<Config>,
+    tables: Tables,
+    machine: Arc<Machine>,
+    buses: Buses,
+    kind: Kind,
+    generation: u32,
+    process: u32,
+    started: Instant,
+    /// A copy of the configuration that running vCPUs look at.
+    irqchip_model: AtomicU8,
+    boot_cpu_id: AtomicU32,
+    exception_payload: AtomicBool,
+    unknown_msr_exits: AtomicBool,
+    hypercall_exits: AtomicU32,
+    pit: AtomicBool,
+    /// Nanoseconds to add to the time since `started`; wraps.
+    clock_offset: AtomicU64,
+}
+
+/// What changes rarely, under one lock (KVM's `kvm->lock`).
+#[derive(Default)]
+struct Config {
+    vcpus: Vec<Arc<VcpuCore>>,
+    irqchip: Irqchip,
+    mmu_pages: u64,
+    disabled_quirks: u64,
+}
+
+impl Vm {
+    /// `KVM_CREATE_VM`
+    ///
+    /// # Errors
+    /// `EINVAL` for a type other than 0; `ENOMEM`.
+    pub(crate) fn new(kind: u64) -> Result<Arc<Self>, Errno> {
+        if kind != u64::from(kvm::KVM_X86_DEFAULT_VM) {
+            return Err(Errno::INVAL);
+        }
+        let kind = Kind::from_environment();
+        let machine = Machine::new(kind.machine_config());
+        let vm = Arc::new(Self {
+            config: Mutex::new(Config::default()),
+            tables: Tables::new(kind, Arc::clone(&machine)),
+            machine,
+            buses: Buses::new()?,
+            kind,
+            generation: fork::generation(),
+            process: std::process::id(),
+            started: Instant::now(),
+            irqchip_model: AtomicU8::new(0),
+            boot_cpu_id: AtomicU32::new(0),
+            exception_payload: AtomicBool::new(false),
+            unknown_msr_exits: AtomicBool::new(false),
+            hypercall_exits: AtomicU32::new(0),
+            pit: AtomicBool::new(false),
+            clock_offset: AtomicU64::new(0),
+        });
+        summary::begin();
+        register(&vm);
+        Ok(vm)
+    }
+
+    pub(crate) fn tables(&self) -> &Tables {
+        &self.tables
+    }
+
+    pub(crate) fn machine(&self) -> &Arc<Machine> {
+        &self.machine
+    }
+
+    pub(crate) fn buses(&self) -> &Buses {
+        &self.buses
+    }
+
+    /// Which second-stage format the VM uses.
+    pub fn second_stage(&self) -> Kind {
+        self.kind
+    }
+
+    /// Whether the VM was created by this process, rather than by the one that forked it.
+    #[inline]
+    pub(crate) fn is_ours(&self) -> bool {
+        self.generation == fork::generation()
+    }
+
+    /// The process that created the VM.
+    pub(crate) fn process(&self) -> u32 {
+        self.process
+    }
+
+    #[inline]
+    pub(crate) fn irqchip_model(&self) -> Model {
+        match self.irqchip_model.load(Ordering::Relaxed) {
+            0 => Model::None,
+            1 => Model::Kernel,
+            _ => Model::Split,
+        }
+    }
+
+    #[inline]
+    pub(crate) fn irqchip_owns_port(&self, port: u16) -> bool {
+        (self.irqchip_model() != Model::None || self.pit.load(Ordering::Relaxed))
+            && self.config.lock().irqchip.owns_port(port)
+    }
+
+    pub(crate) fn boot_cpu_id(&self) -> u32 {
+        self.boot_cpu_id.load(Ordering::Relaxed)
+    }
+
+    #[inline]
+    pub(crate) fn exception_payload(&self) -> bool {
+        self.exception_payload.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn exits_for_unknown_msrs(&self) -> bool {
+        self.unknown_msr_exits.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn hypercall_exits(&self) -> HypercallExits {
+        HypercallExits::from_bits_truncate(self.hypercall_exits.load(Ordering::Relaxed))
+    }
+
+    /// The vCPUs created so far.
+    pub(crate) fn vcpus(&self) -> Vec<Arc<VcpuCore>> {
+        self.config.lock().vcpus.clone()
+    }
+
+    /// `KVM_CREATE_VCPU`: the vCPU and the file that its program maps.
+    ///
+    /// # Errors
+    /// `EINVAL` for an id of 4096 and above, and for more than 1024 vCPUs; `EEXIST` for an id that
+    /// has been given away, even if its descriptor is closed; whatever making the file gives.
+    pub fn create_vcpu(self: &Arc<Self>, id: u64) -> Result<(Vcpu, OwnedFd), Errno> {
+        let id = u32::try_from(id).map_err(|_| Errno::INVAL)?;
+        if id >= capability::MAX_VCPU_ID {
+            return Err(Errno::INVAL);
+        }
+        let index = {
+            let config = self.config.lock();
+            if config.vcpus.len() >= capability::MAX_VCPUS as usize {
+                return Err(Errno::INVAL);
+            }
+            config.vcpus.len()
+        };
+        let (core, file) = VcpuCore::new(self, id, index as u32)?;
+        let mut config = self.config.lock();
+        if config.vcpus.len() >= capability::MAX_VCPUS as usize {
+            return Err(Errno::INVAL);
+        }
+        if config.vcpus.iter().any(|other| other.id == id) {
+            return Err(Errno::EXIST);
+        }
+        config.vcpus.push(Arc::clone(&core));
+        drop(config);
+        Ok((Vcpu::new(Arc::clone(self), core), file))
+    }
+
+    fn has_vcpus(&self) -> bool {
+        !self.config.lock().vcpus.is_empty()
+    }
+
+    /// `KVM_SET_USER_MEMORY_REGION2`
+    ///
+    /// # Errors
+    /// In KVM's order (SPEC 6.10): `EINVAL` for whatever is malformed or names what does not
+    /// exist, `EEXIST` for an overlap, `ENOMEM`.
+    pub fn set_user_memory_region(
+        &self,
+        region: &kvm_userspace_memory_region2,
+    ) -> Result<(), Errno> {
+        let request = Region {
+            slot: region.slot,
+            flags: region.flags,
+            gpa: region.guest_phys_addr,
+            size: region.memory_size,
+            hva: region.userspace_addr,
+        };
+        self.tables.set_region(request).map_err(|error| {
+            tracing::debug!(?request, %error, "memory region refused");
+            match error.kind() {
+                RegionErrorKind::Invalid => Errno::INVAL,
+                RegionErrorKind::Exists => Errno::EXIST,
+                RegionErrorKind::NoMemory => Errno::NOMEM,
+            }
+        })
+    }
+
+    /// The slot with this id (address space in bits 31:16), for `KVM_GET_DIRTY_LOG`.
+    pub(crate) fn slot(&self, slot: u32) -> Option<SlotInfo> {
+        self.tables.slot((slot >> 16) as u16, slot as u16)
+    }
+
+    /// `KVM_GET_DIRTY_LOG`: the pages of a slot that were written since the last call, one bit
+    /// each.
+    ///
+    /// # Errors
+    /// `EINVAL` for an id that cannot exist, `ENOENT` for a slot that is not there or does not log.
+    pub fn get_dirty_log(&self, slot: u32) -> Result<Vec<u64>, Errno> {
+        let words = self.slot(slot).map_or(0, |slot| slot.pages.div_ceil(64));
+        let mut bitmap = vec![0; usize::try_from(words).map_err(|_| Errno::NOMEM)?];
+        match self
+            .tables
+            .dirty_log_get((slot >> 16) as u16, slot as u16, &mut bitmap)
+        {
+            Ok(()) => Ok(bitmap),
+            Err(DirtyLogError::Id) => Err(Errno::INVAL),
+            Err(DirtyLogError::NotLogged) => Err(Errno::NOENT),
+            // The slot was replaced by a larger one since it was asked for its size.
+            Err(DirtyLogError::Buffer) => Err(Errno::INVAL),
+        }
+    }
+
+    /// `KVM_SET_NR_MMU_PAGES`: kept and given back; the tables need no limit.
+    ///
+    /// # Errors
+    /// `EINVAL` below 64.
+    pub fn set_nr_mmu_pages(&self, pages: u64) -> Result<(), Errno> {
+        if pages < MIN_MMU_PAGES {
+            return Err(Errno::INVAL);
+        }
+        self.config.lock().mmu_pages = pages;
+        Ok(())
+    }
+
+    /// `KVM_GET_NR_MMU_PAGES`
+    pub fn get_nr_mmu_pages(&self) -> u64 {
+        self.config.lock().mmu_pages
+    }
+
+    /// `KVM_SET_TSS_ADDR`. This processor needs no pages in the guest's memory for its task state.
+    ///
+    /// # Errors
+    /// `EINVAL` if three pages do not fit below 4 GiB.
+    pub fn set_tss_addr(&self, address: u64) -> Result<(), Errno> {
+        if address > 0u32.wrapping_sub(3 * 4096).into() {
+            Err(Errno::INVAL)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// `KVM_SET_IDENTITY_MAP_ADDR`. This processor needs no identity map in the guest's memory.
+    ///
+    /// # Errors
+    /// `EINVAL` once there are vCPUs.
+    pub fn set_identity_map_addr(&self, _address: u64) -> Result<(), Errno> {
+        if self.has_vcpus() {
+            Err(Errno::INVAL)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// `KVM_SET_BOOT_CPU_ID`
+    ///
+    /// # Errors
+    /// `EBUSY` once there are vCPUs.
+    pub fn set_boot_cpu_id(&self, id: u32) -> Result<(), Errno> {
+        if self.has_vcpus() {
+            return Err(Errno::BUSY);
+        }
+        self.boot_cpu_id.store(id, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// `KVM_CREATE_IRQCHIP`
+    ///
+    /// # Errors
+    /// `EEXIST` if there is one, `EINVAL` once there are vCPUs.
+    pub fn create_irqchip(&self) -> Result<(), Errno> {
+        self.create_irqchip_model(Model::Kernel)
+    }
+
+    fn create_irqchip_model(&self, model: Model) -> Result<(), Errno> {
+        let mut config = self.config.lock();
+        let has_vcpus = !config.vcpus.is_empty();
+        config.irqchip.create(model, has_vcpus)?;
+        let number = if model == Model::Kernel { 1 } else { 2 };
+        self.irqchip_model.store(number, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// `KVM_GET_IRQCHIP`
+    ///
+    /// # Errors
+    /// `ENXIO` without in-kernel controllers, `EINVAL` for an unknown one.
+    pub fn get_irqchip(&self, id: u32) -> Result<kvm_irqchip, Errno> {
+        self.config.lock().irqchip.chip(id)
+    }
+
+    /// `KVM_SET_IRQCHIP`
+    ///
+    /// # Errors
+    /// As [`Self::get_irqchip`].
+    pub fn set_irqchip(&self, chip: &kvm_irqchip) -> Result<(), Errno> {
+        self.config.lock().irqchip.set_chip(chip)
+    }
+
+    /// `KVM_CREATE_PIT2`
+    ///
+    /// # Errors
+    /// `EEXIST` if there is one, `ENOENT` without in-kernel PICs.
+    pub fn create_pit(&self) -> Result<(), Errno> {
+        self.config.lock().irqchip.create_pit()?;
+        self.pit.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// `KVM_GET_PIT2`
+    ///
+    /// # Errors
+    /// `ENXIO` if there is none.
+    pub fn get_pit(&self) -> Result<kvm_pit_state2, Errno> {
+        self.config.lock().irqchip.pit()
+    }
+
+    /// `KVM_SET_PIT2`
+    ///
+    /// # Errors
+    /// `ENXIO` if there is none.
+    pub fn set_pit(&self, state: &kvm_pit_state2) -> Result<(), Errno> {
+        self.config.lock().irqchip.set_pit(state)
+    }
+
+    /// `KVM_IRQ_LINE`: the level of a line of an in-kernel controller, which delivers nothing.
+    ///
+    /// # Errors
+    /// `ENXIO` without an in-kernel controller.
+    pub fn irq_line(&self, irq: u32, level: bool) -> Result<(), Errno> {
+        if self.irqchip_model() == Model::None {
+            return Err(Errno::NXIO);
+        }
+        if level {
+            tracing::warn!(
+                irq,
+                "an interrupt for the in-kernel controller is not delivered"
+            );
+        }
+        Ok(())
+    }
+
+    /// `KVM_SET_GSI_ROUTING`: checked; there is nothing to route.
+    ///
+    /// # Errors
+    /// `EINVAL` without an in-kernel controller, for more than 4096 routes, and for flags.
+    pub fn set_gsi_routing(&self, routes: u32, flags: u32) -> Result<(), Errno> {
+        if self.irqchip_model() == Model::None || routes > MAX_IRQ_ROUTES || flags != 0 {
+            return Err(Errno::INVAL);
+        }
+        Ok(())
+    }
+
+    /// `KVM_IRQFD`: interrupts from eventfds need an interrupt controller that delivers them.
+    ///
+    /// # Errors
+    /// `EINVAL` for unknown flags; to attach one, `EAGAIN` without an in-kernel controller, and
+    /// `EINVAL` with it, since it delivers none. There is never one to detach, which is no error.
+    pub fn irqfd(&self, request: &kvm_irqfd) -> Result<(), Errno> {
+        if request.flags & !(kvm::KVM_IRQFD_FLAG_DEASSIGN | kvm::KVM_IRQFD_FLAG_RESAMPLE) != 0 {
+            return Err(Errno::INVAL);
+        }
+        if request.flags & kvm::KVM_IRQFD_FLAG_DEASSIGN != 0 {
+            return Ok(());
+        }
+        if self.irqchip_model() == Model::None {
+            return Err(Errno::AGAIN);
+        }
+        tracing::warn!(
+            gsi = request.gsi,
+            "irqfd needs an interrupt controller that is not emulated"
+        );
+        Err(Errno::INVAL)
+    }
+
+    /// `KVM_REGISTER_COALESCED_MMIO`
+    ///
+    /// # Errors
+    /// `EINVAL` for an unknown space, `ENOSPC` when the bus is full.
+    pub fn register_coalesced_mmio(&self, zone: &kvm_coalesced_mmio_zone) -> Result<(), Errno> {
+        self.buses.register_zone(zone)
+    }
+
+    /// `KVM_UNREGISTER_COALESCED_MMIO`
+    ///
+    /// # Errors
+    /// `EINVAL` for an unknown space.
+    pub fn unregister_coalesced_mmio(&self, zone: &kvm_coalesced_mmio_zone) -> Result<(), Errno> {
+        self.buses.unregister_zone(zone)
+    }
+
+    /// `KVM_IOEVENTFD`
+    ///
+    /// # Errors
+    /// `EINVAL`, `EBADF`, `EEXIST`, `ENOENT` and `ENOSPC` as KVM gives them.
+    pub fn ioeventfd(&self, request: &kvm_ioeventfd) -> Result<(), Errno> {
+        self.buses.ioeventfd(request)
+    }
+
+    /// `KVM_GET_TSC_KHZ`
+    pub fn get_tsc_khz(&self) -> u32 {
+        tsc::khz()
+    }
+
+    /// `KVM_SET_TSC_KHZ` on a VM.
+    ///
+    /// # Errors
+    /// `EINVAL` once there are vCPUs, and for a rate that is not the host's.
+    pub fn set_tsc_khz(&self, khz: u32) -> Result<(), Errno> {
+        if self.has_vcpus() {
+            return Err(Errno::INVAL);
+        }
+        check_tsc_khz(khz)
+    }
+
+    /// `KVM_GET_CLOCK`: nanoseconds that the VM has lived, as the program set it.
+    pub fn get_clock(&self) -> kvm_clock_data {
+        let elapsed = nanoseconds(self.started.elapsed());
+        let clock = elapsed.wrapping_add(self.clock_offset.load(Ordering::Relaxed));
+        let realtime = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        kvm_clock_data {
+            clock,
+            flags: capability::CLOCK_FLAGS,
+            realtime: nanoseconds(realtime.unwrap_or_default()),
+            host_tsc: tsc::now(),
+            ..Default::default()
+        }
+    }
+
+    /// `KVM_SET_CLOCK`. With `KVM_CLOCK_REALTIME` the time that has passed since `realtime` is
+    /// added.
+    ///
+    /// # Errors
+    /// `EINVAL` for another flag.
+    pub fn set_clock(&self, data: &kvm_clock_data) -> Result<(), Errno> {
+        if data.flags & !kvm::KVM_CLOCK_REALTIME != 0 {
+            return Err(Errno::INVAL);
+        }
+        let mut clock = data.clock;
+        if data.flags & kvm::KVM_CLOCK_REALTIME != 0 {
+            let realtime = self.get_clock().realtime;
+            clock = clock.wrapping_add(realtime.saturating_sub(data.realtime));
+        }
+        let offset = clock.wrapping_sub(nanoseconds(self.started.elapsed()));
+        self.clock_offset.store(offset, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// `KVM_ENABLE_CAP` on a VM.
+    ///
+    /// # Errors
+    /// `EINVAL` for flags, for capabilities that cannot be enabled, and for arguments that are out
+    /// of range; for an interrupt controller as [`Self::create_irqchip`].
+    pub fn enable_cap(&self, cap: &kvm_enable_cap) -> Result<(), Errno> {
+        if cap.flags != 0 {
+            return Err(Errno::INVAL);
+        }
+        let argument = cap.args[0];
+        match cap.cap {
+            kvm::KVM_CAP_DISABLE_QUIRKS2 | kvm::KVM_CAP_DISABLE_QUIRKS => {
+                if cap.cap == kvm::KVM_CAP_DISABLE_QUIRKS2
+                    && argument & !u64::from(capability::VALID_QUIRKS) != 0
+                {
+                    return Err(Errno::INVAL);
+                }
+                let mut config = self.config.lock();
+                config.disabled_quirks = argument;
+                let zap_all = argument & u64::from(kvm::KVM_X86_QUIRK_SLOT_ZAP_ALL) == 0;
+                self.tables.set_slot_zap_all(zap_all);
+                Ok(())
+            }
+            kvm::KVM_CAP_SPLIT_IRQCHIP => {
+                if argument > MAX_RESERVED_PINS {
+                    return Err(Errno::INVAL);
+                }
+                self.create_irqchip_model(Model::Split)
+            }
+            kvm::KVM_CAP_EXCEPTION_PAYLOAD => {
+                self.exception_payload
+                    .store(argument != 0, Ordering::Relaxed);
+                Ok(())
+            }
+            kvm::KVM_CAP_X86_USER_SPACE_MSR => {
+                if argument & !u64::from(kvm::KVM_MSR_EXIT_REASON_VALID_MASK) != 0 {
+                    return Err(Errno::INVAL);
+                }
+                let unknown = argument & u64::from(kvm::KVM_MSR_EXIT_REASON_UNKNOWN) != 0;
+                self.unknown_msr_exits.store(unknown, Ordering::Relaxed);
+                Ok(())
+            }
+            kvm::KVM_CAP_EXIT_HYPERCALL => {
+                if argument & !u64::from(HypercallExits::all().bits()) != 0 {
+                    return Err(Errno::INVAL);
+                }
+                self.hypercall_exits
+                    .store(argument as u32, Ordering::Relaxed);
+                Ok(())
+            }
+            // Every failure exits here, whatever the program says.
+            kvm::KVM_CAP_EXIT_ON_EMULATION_FAILURE if argument <= 1 => Ok(()),
+            _ => Err(Errno::INVAL),
+        }
+    }
+
+    /// The CPUID table that fits the VM's second stage.
+    pub fn supported_cpuid(&self) -> Vec<kvm::kvm_cpuid_entry2> {
+        cpuid::supported(self.kind)
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        VM_COUNT.fetch_sub(1, Ordering::Relaxed);
+        summary::remember(self);
+    }
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// VMs of this process that exist. While it is 0, nothing that the program does to its memory is
+/// any of our business.
+static VM_COUNT: AtomicUsize = AtomicUsize::new(0);
+static VMS: ProcessMutex<Vec<Weak<Vm>>> = ProcessMutex::new(Vec::new());
+
+fn register(vm: &Arc<Vm>) {
+    VM_COUNT.fetch_add(1, Ordering::Relaxed);
+    VMS.with(|vms| {
+        vms.retain(|vm| vm.strong_count() != 0);
+        vms.push(Arc::downgrade(vm));
+    });
+}
+
+/// Whether the process has any VM: one load.
+#[inline]
+pub(crate) fn any() -> bool {
+    VM_COUNT.load(Ordering::Relaxed) != 0
+}
+
+/// The VMs of this process.
+pub(crate) fn all() -> Vec<Arc<Vm>> {
+    VMS.with(|vms| vms.iter().filter_map(Weak::upgrade).collect())
+}
+
+/// Before `fork`.
+pub(crate) fn lock_registry_for_fork() {
+    VMS.close_gate();
+}
+
+/// After `fork`.
+pub(crate) fn unlock_registry_after_fork() {
+    VMS.open_gate();
+}
+
+/// In a forked child: the parent's VMs are not ours.
+pub(crate) fn forget_inherited() {
+    VM_COUNT.store(0, Ordering::Relaxed);
+    VMS.with(Vec::clear);
+}
