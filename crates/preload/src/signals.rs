@@ -223,42 +223,63 @@ pub(crate) fn after_fork() {
 
 // ---- arrival ------------------------------------------------------------------------------------
 
-thread_local! {
+/// What a thread knows about the signals that have to wait. Only the thread itself and handlers
+/// that interrupt it use it.
+struct Waiting {
     /// How many [`Undisturbed`] sections the thread is in.
-    static SECTIONS: Cell<u32> = const { Cell::new(0) };
+    sections: Cell<u32>,
     /// The mask to be restored at the end of the outermost one.
-    static AFTERWARDS: Cell<Option<Mask>> = const { Cell::new(None) };
+    afterwards: Cell<Option<Mask>>,
     /// Whether that mask was set aside by `KVM_SET_SIGNAL_MASK` and not by a deferred signal.
-    static RUN_HAS_MASK: Cell<bool> = const { Cell::new(false) };
+    run_has_mask: Cell<bool>,
+}
+
+thread_local! {
+    static WAITING: Waiting = const {
+        Waiting { sections: Cell::new(0), afterwards: Cell::new(None), run_has_mask: Cell::new(false) }
+    };
 }
 
 /// While one exists, no handler of the program runs in this thread. What arrives is delivered when
 /// the last one is dropped, in there; the handler may leave with `longjmp`.
-pub(crate) struct Undisturbed(());
+pub(crate) struct Undisturbed {
+    /// Looked up once: in a shared library that is a call. Not `Send`, as it must not be.
+    waiting: *const Waiting,
+}
 
 impl Undisturbed {
     /// Begins a section.
     #[inline]
     pub(crate) fn begin() -> Self {
-        SECTIONS.set(SECTIONS.get() + 1);
+        let waiting = WAITING.with(ptr::from_ref);
+        let section = Self { waiting };
+        let sections = &section.waiting().sections;
+        sections.set(sections.get() + 1);
         // `arrived` runs in this thread: what it sees is a matter of the compiler alone.
         compiler_fence(Ordering::SeqCst);
-        Self(())
+        section
+    }
+
+    #[inline]
+    fn waiting(&self) -> &Waiting {
+        // SAFETY: belongs to this thread, has no destructor, and so lives as long as the thread.
+        unsafe { &*self.waiting }
     }
 }
 
 impl Drop for Undisturbed {
     #[inline]
     fn drop(&mut self) {
+        let waiting = self.waiting();
         compiler_fence(Ordering::SeqCst);
-        let outer = SECTIONS.get() - 1;
-        SECTIONS.set(outer);
+        let outer = waiting.sections.get() - 1;
+        waiting.sections.set(outer);
         compiler_fence(Ordering::SeqCst);
         if outer == 0
-            && let Some(mask) = AFTERWARDS.get()
+            && let Some(mask) = waiting.afterwards.get()
         {
-            AFTERWARDS.set(None);
-            RUN_HAS_MASK.set(false);
+            waiting.afterwards.set(None);
+            waiting.run_has_mask.set(false);
             raw::set_mask(mask);
         }
     }
@@ -267,7 +288,7 @@ impl Drop for Undisturbed {
 /// The handler that the kernel knows for every signal that the program handles.
 extern "C" fn arrived(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
     let errno = raw::errno();
-    if abi::interrupt_current_run() || SECTIONS.get() != 0 {
+    if abi::interrupt_current_run() || WAITING.with(|waiting| waiting.sections.get() != 0) {
         defer(signal, info, context.cast());
     } else {
         deliver(signal, info, context);
@@ -282,12 +303,14 @@ fn defer(signal: c_int, info: *const siginfo_t, context: *mut ucontext_t) {
     // SAFETY: the kernel passed the interrupted context. Its mask is one word of 8 bytes, at the
     // beginning of libc's larger type.
     let interrupted = unsafe { (&raw mut (*context).uc_sigmask).cast::<Mask>() };
-    if !RUN_HAS_MASK.get() {
-        // If this handler interrupted another one that had come less far, that one will store its
-        // own, which is the thread's.
-        // SAFETY: as above.
-        AFTERWARDS.set(Some(unsafe { interrupted.read() }));
-    }
+    WAITING.with(|waiting| {
+        if !waiting.run_has_mask.get() {
+            // If this handler interrupted another one that had come less far, that one will store
+            // its own, which is the thread's.
+            // SAFETY: as above.
+            waiting.afterwards.set(Some(unsafe { interrupted.read() }));
+        }
+    });
     // SAFETY: as above. The kernel takes the mask from there when this handler returns.
     unsafe { interrupted.write(interrupted.read() | !NEVER_BLOCKED) };
     // It fails if too many signals are queued; then a run still ends, as it must.
@@ -342,8 +365,10 @@ impl RunSignals for MaskedRun {
                 table.replace(signal, action);
             }
         }
-        AFTERWARDS.set(Some(before));
-        RUN_HAS_MASK.set(true);
+        WAITING.with(|waiting| {
+            waiting.afterwards.set(Some(before));
+            waiting.run_has_mask.set(true);
+        });
         // What is pending arrives here, and ends the run that is about to begin.
         raw::set_mask(mask & !NEVER_BLOCKED);
     }
