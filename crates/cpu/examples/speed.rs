@@ -1,0 +1,142 @@
+//! Measures the interpreter: millions of guest instructions a second on small loops.
+//!
+//! `cargo run --release -p twofold-cpu --example speed`
+#![allow(unsafe_code)]
+// UNSAFETY: builds a guest's memory.
+
+use std::sync::Arc;
+use std::time::Instant;
+use twofold_arch::ept::Eptp;
+use twofold_arch::{Hpa, Level};
+use twofold_cpu::{
+    Cpu, Exit, Machine, MachineConfig, Registers, SecondStage, Segment, SystemRegisters,
+};
+
+/// Bytes of guest memory, mapped by two 2 MiB pages in both stages.
+const MEMORY: u64 = 4 << 20;
+const CODE: u64 = 0x10_0000;
+const DATA: u64 = 0x20_0000;
+const STACK: u64 = 0x1f_0000;
+
+fn main() {
+    // The loops count down r15 and end in HLT.
+    let kernels: [(&str, &[u8]); 6] = [
+        // 1: dec r15; jnz 1b
+        ("tight", b"\x49\xff\xcf\x75\xfb\xf4"),
+        // 1: lea rax,[rax+rbx*4+7]; xor rcx,rax; add rbx,rcx; shl rdx,3; sub rdx,rax;
+        //    and rsi,rdx; or rdi,rbx; imul r8,rcx; dec r15; jnz 1b
+        (
+            "integer",
+            b"\x48\x8d\x44\x98\x07\x48\x31\xc1\x48\x01\xcb\x48\xc1\xe2\x03\x48\x29\xc2\
+              \x48\x21\xd6\x48\x09\xdf\x4c\x0f\xaf\xc1\x49\xff\xcf\x75\xdf\xf4",
+        ),
+        // 1: mov rax,[r14]; add rax,1; mov [r14],rax; mov ecx,[r14+8]; mov [r14+r13*4+16],ecx;
+        //    dec r15; jnz 1b
+        (
+            "memory",
+            b"\x49\x8b\x06\x48\x83\xc0\x01\x49\x89\x06\x41\x8b\x4e\x08\x43\x89\x4c\xae\x10\
+              \x49\xff\xcf\x75\xe8\xf4",
+        ),
+        // 1: call 2f; test r15d,1; je 3f; inc rax; 3: dec r15; jnz 1b; hlt; 2: push rbp;
+        //    mov rbp,rsp; pop rbp; ret
+        (
+            "calls",
+            b"\xe8\x12\x00\x00\x00\x41\xf7\xc7\x01\x00\x00\x00\x74\x03\x48\xff\xc0\x49\xff\xcf\
+              \x75\xea\xf4\x55\x48\x89\xe5\x5d\xc3",
+        ),
+        // 1: movsd xmm0,[r14]; addsd xmm0,xmm1; mulsd xmm0,xmm2; movsd [r14],xmm0; dec r15; jnz 1b
+        (
+            "sse2",
+            b"\xf2\x41\x0f\x10\x06\xf2\x0f\x58\xc1\xf2\x0f\x59\xc2\xf2\x41\x0f\x11\x06\
+              \x49\xff\xcf\x75\xe9\xf4",
+        ),
+        // 1: mov rcx,4096; mov rdi,r14; mov rsi,r14; rep movsb; dec r15; jnz 1b
+        (
+            "string",
+            b"\x48\xc7\xc1\x00\x10\x00\x00\x4c\x89\xf7\x4c\x89\xf6\xf3\xa4\x49\xff\xcf\x75\xec\xf4",
+        ),
+    ];
+    for (name, code) in kernels {
+        let rounds = if name == "string" { 100_000 } else { 30_000_000 };
+        let (instructions, nanoseconds) = measure(code, rounds);
+        println!(
+            "{name:8} {:8.1} M instructions/s, {:6.2} ns a round",
+            instructions as f64 * 1e3 / nanoseconds,
+            nanoseconds / rounds as f64
+        );
+    }
+}
+
+fn measure(code: &[u8], rounds: u64) -> (u64, f64) {
+    let length = MEMORY as usize * 2;
+    // SAFETY: the kernel chooses the address.
+    let arena = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            length,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            -1,
+            0,
+        )
+    };
+    assert_ne!(arena, libc::MAP_FAILED);
+    let base = (arena as u64).next_multiple_of(2 << 20);
+    let tables = base + MEMORY;
+    let put = |address: u64, value: u64| {
+        // SAFETY: within the arena.
+        unsafe { (address as *mut u64).write(value) }
+    };
+    // Second stage: three levels to 2 MiB pages; host-physical is host-virtual.
+    put(tables, (tables + 0x1000) | 7);
+    put(tables + 0x1000, (tables + 0x2000) | 7);
+    for page in 0..MEMORY >> 21 {
+        put(tables + 0x2000 + page * 8, (base + (page << 21)) | 7 | 6 << 3 | 1 << 7);
+    }
+    // The guest's tables at 0x1000.
+    put(base + 0x1000, 0x2003);
+    put(base + 0x2000, 0x3003);
+    for page in 0..MEMORY >> 21 {
+        put(base + 0x3000 + page * 8, page << 21 | 0x83);
+    }
+    // SAFETY: within the arena.
+    unsafe {
+        std::ptr::copy_nonoverlapping(code.as_ptr(), (base + CODE) as *mut u8, code.len());
+    }
+    let machine = Machine::new(MachineConfig::default());
+    let mut cpu = Cpu::new(Arc::clone(&machine), 0);
+    cpu.set_second_stage(SecondStage::Ept(Eptp::new(Hpa::new(tables), Level::L512G, true)));
+    let data = Segment {
+        selector: 0x10,
+        limit: u32::MAX,
+        kind: 3,
+        code_or_data: true,
+        present: true,
+        granular: true,
+        ..Segment::default()
+    };
+    cpu.set_system_registers(&SystemRegisters {
+        cs: Segment { selector: 8, kind: 11, long: true, ..data },
+        ds: data,
+        es: data,
+        ss: data,
+        cr0: 0x8000_0033,
+        cr3: 0x1000,
+        cr4: 0x620,
+        efer: 0xd00,
+        ..SystemRegisters::reset()
+    });
+    let mut registers = Registers { rip: CODE, rflags: 2, ..Registers::default() };
+    registers.gpr[4] = STACK;
+    registers.gpr[14] = DATA;
+    registers.gpr[15] = rounds;
+    cpu.set_registers(&registers);
+    let before = cpu.counters().instructions;
+    let start = Instant::now();
+    let exit = cpu.run();
+    let elapsed = start.elapsed();
+    assert!(matches!(exit, Exit::Halt), "{exit:?} at {:#x}", cpu.registers().rip);
+    // SAFETY: the processor is dropped with this frame and runs no more.
+    unsafe { libc::munmap(arena, length) };
+    (cpu.counters().instructions - before, elapsed.as_nanos() as f64)
+}
