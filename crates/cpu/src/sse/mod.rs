@@ -8,6 +8,8 @@
 
 mod compare;
 mod convert;
+#[cfg(test)]
+mod coverage;
 mod crypto;
 mod float;
 mod host;

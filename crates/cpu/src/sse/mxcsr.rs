@@ -65,15 +65,20 @@ impl Core {
             host::set_mxcsr(guest);
             return Ok(compute());
         }
+        let unmasked = !(guest >> MASK_SHIFT) & FLAGS;
+        let mut control = guest & !FLAGS;
+        if unmasked & UNDERFLOW != 0 {
+            // Flushing to zero is the masked response to underflow.
+            control &= !FLUSH;
+        }
         let host = host::mxcsr();
-        host::set_mxcsr(guest & !FLAGS);
+        host::set_mxcsr(control);
         let result = compute();
         let mut raised = host::mxcsr() & FLAGS;
-        let unmasked = !(guest >> MASK_SHIFT) & FLAGS;
         if unmasked & UNDERFLOW != 0 && raised & UNDERFLOW == 0 {
             // A tiny result that is exact underflows only if the exception is unmasked. Flushing
             // to zero shows whether there is one.
-            host::set_mxcsr(guest & !FLAGS | FLUSH);
+            host::set_mxcsr(control | FLUSH);
             compute();
             raised |= host::mxcsr() & UNDERFLOW;
         }
