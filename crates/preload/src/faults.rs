@@ -17,7 +17,7 @@ use libc::{
 use twofold_kvm::abi;
 
 use crate::raw::{self, Mask};
-use crate::{real, signals};
+use crate::{handlers, real, signals};
 
 /// Installs the handler of faults. What the program has installed before, and what it installs
 /// later, is called from it.
@@ -36,7 +36,7 @@ pub(crate) fn install() {
         // SAFETY: `faulted` can run at any time; the other structure is written.
         if unsafe { real::sigaction(signal, &raw const ours, before.as_mut_ptr()) } == 0 {
             // SAFETY: all its fields are integers.
-            signals::record_fault_handler(signal, unsafe { before.assume_init() });
+            handlers::record_fault_handler(signal, unsafe { before.assume_init() });
         }
     }
 }
@@ -61,12 +61,12 @@ extern "C" fn faulted(signal: c_int, info: *mut siginfo_t, context: *mut c_void)
 
 /// Does what the program wants done.
 fn chain(signal: c_int, info: *mut siginfo_t, context: *mut c_void, by_kernel: bool) {
-    let action = signals::disposition(signal);
+    let action = handlers::disposition(signal);
     match action.sa_sigaction {
         // To ignore a fault is not possible, but a signal that was sent can be ignored.
         SIG_IGN if !by_kernel => {}
         SIG_DFL | SIG_IGN => {
-            signals::surrender(signal);
+            handlers::surrender(signal);
             if !by_kernel {
                 let _ = raw::queue_to_this_thread(signal, info);
             }
@@ -74,7 +74,7 @@ fn chain(signal: c_int, info: *mut siginfo_t, context: *mut c_void, by_kernel: b
         }
         handler => {
             if action.sa_flags & SA_RESETHAND != 0 {
-                signals::reset(signal);
+                handlers::reset(signal);
             }
             raw::block(mask_of(signal, &action));
             signals::call(handler, signal, info, context);

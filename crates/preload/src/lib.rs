@@ -12,7 +12,7 @@
 //! | [`descriptors`] | `close`, `dup`, `fcntl` and their variants |
 //! | [`transfers`] | `read`, `write` and their variants |
 //! | [`memory`] | `mmap`, `munmap`, `madvise`, `ftruncate` and what else changes memory |
-//! | [`signals`] | `sigaction`, `signal`: handlers wait until `KVM_RUN` has returned |
+//! | [`handlers`] | `sigaction`, `signal`: handlers wait until `KVM_RUN` has returned ([`signals`]) |
 //! | [`faults`] | SIGSEGV and SIGBUS: those of guest accesses end in an error, not in a signal |
 //! | [`inline`] | `syscall`, for all of the above |
 //!
@@ -23,6 +23,7 @@ mod control;
 mod descriptors;
 mod faults;
 mod files;
+mod handlers;
 mod inline;
 mod log;
 mod memory;

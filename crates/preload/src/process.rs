@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use twofold_kvm::abi;
 
 use crate::signals::Undisturbed;
-use crate::{faults, log, raw, real, signals};
+use crate::{faults, handlers, log, raw, real, signals};
 
 /// Whether the program has opened `/dev/kvm`. Until then this library changes nothing about it.
 static IN_USE: AtomicBool = AtomicBool::new(false);
@@ -44,7 +44,7 @@ fn first_use() {
     OWNER.store(raw::process_id(), Ordering::Relaxed);
     watch_for_fork();
     faults::install();
-    signals::take_over();
+    handlers::take_over();
     abi::register_run_signals(&signals::MaskedRun);
     IN_USE.store(true, Ordering::Release);
     tracing::debug!("the program opened /dev/kvm");
@@ -88,7 +88,7 @@ pub(crate) fn settle() {
 fn settle_child(mark: &AtomicU32) {
     mark.store(1, Ordering::Relaxed);
     OWNER.store(raw::process_id(), Ordering::Relaxed);
-    signals::after_fork();
+    handlers::after_fork();
     abi::fork_child();
 }
 
