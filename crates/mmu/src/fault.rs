@@ -1,6 +1,21 @@
-//! Second-stage faults.
+//! Second-stage faults (SPEC 6.5).
+//!
+//! A fault takes no lock. It takes a snapshot of the invalidation sequence, finds the slot, has
+//! the host make the page present (which may block), and then, in a read section, makes sure that
+//! nothing it relied on has changed and publishes one entry with one compare-exchange.
 
-use twofold_arch::{Gpa, Level, Pferr};
+use crate::format::MmuFormat;
+use crate::host::{Host, HostPage, PopulateError};
+use crate::invalidation::Snapshot;
+use crate::mmu::Mmu;
+use crate::reader::{Counter, KnownSlot, Memory, Reader, ReaderState, Sections};
+use crate::region::RegionFlags;
+use crate::root::{Root, RootState};
+use crate::slots::{SlotInfo, SlotTree, UPDATE_IN_PROGRESS};
+use crate::spte::{self, Leaf, Writable};
+use crate::tables::Pages;
+use twofold_arch::{Gfn, Gpa, Hpa, Level, PAGE_SHIFT, Pferr};
+use twofold_table::{BuildError, Debt, Entry, Height, Seen, Table};
 
 /// A second-stage fault as the processor reports it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -44,4 +59,427 @@ pub enum FaultError {
     /// No page for a table could be had: `-ENOMEM`.
     #[error("no memory for a table page")]
     OutOfMemory,
+}
+
+/// What an attempt to map came to.
+enum Attempt {
+    Done(Outcome),
+    /// So many table pages are needed first, outside the read section.
+    NeedPages(usize),
+    /// Smaller mappings stand in the way; try the next smaller size.
+    Smaller,
+    /// Someone changed the entry; look again.
+    Again,
+}
+
+/// How often a fault looks again before it lets the guest try.
+const ATTEMPTS: u32 = 8;
+
+impl<F: MmuFormat, H: Host> Mmu<F, H> {
+    /// Resolves a second-stage fault.
+    ///
+    /// # Errors
+    /// See [`FaultError`]; nothing has changed then.
+    ///
+    /// # Panics
+    /// If `reader` belongs to another MMU.
+    #[inline]
+    pub fn fault(
+        &self,
+        reader: &mut Reader,
+        root: &Root,
+        fault: Fault,
+    ) -> Result<Outcome, FaultError> {
+        let (state, mut sections, memory) = reader.parts(self.id);
+        state.count(Counter::Taken);
+        let outcome = self.resolve(state, &mut sections, memory, &root.state, fault)?;
+        match outcome {
+            Outcome::Fixed { .. } => state.count(Counter::Fixed),
+            Outcome::Spurious => state.count(Counter::Spurious),
+            Outcome::Mmio => state.count(Counter::Emulate),
+            Outcome::Retry | Outcome::ObsoleteRoot => state.count(Counter::Retry),
+        }
+        Ok(outcome)
+    }
+
+    #[inline(always)]
+    fn resolve(
+        &self,
+        state: &ReaderState,
+        sections: &mut Sections<'_>,
+        memory: &mut Memory,
+        root: &RootState,
+        fault: Fault,
+    ) -> Result<Outcome, FaultError> {
+        let error = fault.error;
+        let gfn = fault.gpa.frame();
+        if error.intersects(Pferr::RSVD.union(Pferr::PRESENT))
+            && let Some(outcome) = self.resolve_present(state, sections, memory, root, fault)
+        {
+            return Ok(outcome);
+        }
+        for _ in 0..ATTEMPTS {
+            let snapshot = self.invalidation.snapshot();
+            let Some(known) = self.find_slot(sections, memory, root.role.as_id(), gfn) else {
+                return self.no_slot(state, sections, memory, root, fault.gpa);
+            };
+            if error.is_write() && known.info.flags.contains(RegionFlags::READONLY) {
+                return Ok(Outcome::Mmio);
+            }
+            let mut page = match self
+                .host()
+                .populate(known.info.hva_of(gfn), error.is_write())
+            {
+                Ok(page) if error.is_write() && !page.writable => {
+                    return Err(FaultError::BadHostMemory);
+                }
+                Ok(page) => page,
+                Err(PopulateError::Fault) => return Err(FaultError::BadHostMemory),
+                Err(PopulateError::Poisoned) => return Err(FaultError::Poisoned),
+                Err(PopulateError::Interrupted) => return Err(FaultError::Interrupted),
+                Err(PopulateError::Again) => return Ok(Outcome::Retry),
+            };
+            page.level = mapping_level(&known.info, gfn, &page);
+            loop {
+                match self.map(state, sections, memory, root, &known, snapshot, fault, page) {
+                    Attempt::Done(outcome) => return Ok(outcome),
+                    Attempt::Again => break,
+                    Attempt::Smaller => page.level = page.level.below().unwrap_or(Level::L4K),
+                    Attempt::NeedPages(count) => {
+                        if !memory.pool.fill(self.host(), count) {
+                            return Err(FaultError::OutOfMemory);
+                        }
+                    }
+                }
+            }
+        }
+        Ok(Outcome::Retry)
+    }
+
+    /// The slot that holds `gfn`, remembered for the next fault.
+    #[inline(always)]
+    pub(crate) fn find_slot(
+        &self,
+        sections: &mut Sections<'_>,
+        memory: &mut Memory,
+        as_id: u16,
+        gfn: Gfn,
+    ) -> Option<KnownSlot> {
+        let space = self.spaces.get(usize::from(as_id))?;
+        let generation = space.generation();
+        if let Some(known) = memory.slots[usize::from(as_id)]
+            && known.hint.is_of(generation)
+            && known.info.contains(gfn)
+        {
+            return Some(known);
+        }
+        let section = sections.enter();
+        // Read before the tree: what is found is at least as new.
+        let generation = space.generation();
+        let slot = space.tree.find(gfn, &section)?;
+        let known = KnownSlot {
+            info: slot.info,
+            hint: SlotTree::hint(slot, generation),
+        };
+        memory.slots[usize::from(as_id)] = Some(known);
+        Some(known)
+    }
+
+    /// Maps a page that the host has made present, at the level that `page` asks for.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the state of one fault, in registers"
+    )]
+    #[inline(always)]
+    fn map(
+        &self,
+        state: &ReaderState,
+        sections: &mut Sections<'_>,
+        memory: &mut Memory,
+        root: &RootState,
+        known: &KnownSlot,
+        snapshot: Snapshot,
+        fault: Fault,
+        page: HostPage,
+    ) -> Attempt {
+        let gfn = fault.gpa.frame();
+        let level = page.level;
+        let hva = known.info.hva_of(gfn) & !(level.bytes() - 1);
+        let section = sections.enter();
+        // What this fault relied on must still stand, now that a change would wait for us.
+        if !self
+            .invalidation
+            .allows(snapshot, hva..hva.wrapping_add(level.bytes()))
+        {
+            return Attempt::Done(Outcome::Retry);
+        }
+        let Some(space) = self.spaces.get(usize::from(known.info.as_id)) else {
+            return Attempt::Done(Outcome::Retry);
+        };
+        let slot = match SlotTree::recall(known.hint, space.generation(), &section) {
+            Some(slot) => slot,
+            // The slots are changing, perhaps elsewhere: this one must still be what it was.
+            None => match space.tree.find(gfn, &section) {
+                Some(slot) if slot.info == known.info && !slot.is_invalid() => slot,
+                _ => return Attempt::Done(Outcome::Retry),
+            },
+        };
+        if root.is_obsolete() {
+            return Attempt::Done(Outcome::ObsoleteRoot);
+        }
+        let table = self.table_in(root.table, &section);
+        if fault.gpa.get() >= table.end() {
+            return Attempt::Done(Outcome::Mmio);
+        }
+        let writable = page.writable && !known.info.flags.contains(RegionFlags::READONLY);
+        let leaf = Leaf {
+            hpa: Hpa::new(page.hpa.get() & !(level.bytes() - 1)),
+            level,
+            writable: if writable {
+                Writable::Yes
+            } else {
+                Writable::ReadOnly
+            },
+            executable: true,
+            accessed: true,
+            private: false,
+        };
+        let epoch = self.epoch(&section);
+        let target = Height::from(level);
+        let remembered = match level {
+            Level::L4K => Self::look_again(&table, memory.leaf_table, gfn, epoch),
+            _ => None,
+        };
+        let seen = remembered.unwrap_or_else(|| table.lookup(fault.gpa, target));
+        match seen.entry::<F>() {
+            Entry::Empty | Entry::Special => {}
+            Entry::Frozen => return Attempt::Done(Outcome::Retry),
+            Entry::Leaf if spte::allows::<F>(seen.value(), fault.error) => {
+                return Attempt::Done(Outcome::Spurious);
+            }
+            Entry::Leaf => {
+                if writable {
+                    slot.mark_dirty(gfn);
+                }
+                let attempt = self.over_leaf(&table, seen, leaf);
+                drop(section);
+                return attempt.unwrap_or_else(|debt| {
+                    self.pay_flush(debt);
+                    Attempt::Again
+                });
+            }
+            Entry::Table(_) => return Attempt::Smaller,
+        }
+        if writable {
+            // Before the page can be written; see `dirty_log_get`.
+            slot.mark_dirty(gfn);
+        }
+        let entry = leaf.encode::<F>();
+        let missing = usize::from(seen.place().height().get() - target.get());
+        if missing == 0 {
+            if table.install(seen, entry).is_err() {
+                return Attempt::Again;
+            }
+            if remembered.is_none() && level == Level::L4K {
+                memory.leaf_table =
+                    Some(Self::remember(root.table, seen.place(), fault.gpa, epoch));
+            }
+        } else {
+            if memory.pool.len() < missing {
+                return Attempt::NeedPages(missing);
+            }
+            match table.link_leaf(seen, fault.gpa, target, entry, &mut memory.pool) {
+                Ok(place) if level == Level::L4K => {
+                    memory.leaf_table = Some(Self::remember(root.table, &place, fault.gpa, epoch));
+                }
+                Ok(_) => {}
+                Err(BuildError::Raced) => return Attempt::Again,
+                Err(BuildError::OutOfPages) => return Attempt::NeedPages(missing),
+            }
+        }
+        state.count_mapped(level);
+        Attempt::Done(Outcome::Fixed { level })
+    }
+
+    /// A leaf is there and does not allow the access, which the host now does.
+    ///
+    /// # Errors
+    /// What is owed, to be paid outside the read section, if the leaf had to go.
+    #[cold]
+    #[inline(never)]
+    fn over_leaf(
+        &self,
+        table: &Table<'_, F, Pages<H>>,
+        seen: Seen,
+        leaf: Leaf,
+    ) -> Result<Attempt, Debt<F>> {
+        let height = seen.place().height();
+        let same =
+            height == Height::from(leaf.level) && F::leaf_address(seen.value(), height) == leaf.hpa;
+        if same {
+            return Ok(match table.widen(seen, leaf.encode::<F>()) {
+                Ok(()) => Attempt::Done(Outcome::Fixed { level: leaf.level }),
+                Err(_) => Attempt::Again,
+            });
+        }
+        // A leaf never changes its page in place: the old one goes first, in the TLBs too.
+        let mut debt = Debt::none();
+        match table.remove(seen, &mut debt) {
+            Ok(()) => Err(debt),
+            Err(_) => Ok(Attempt::Again),
+        }
+    }
+
+    /// A fault on an entry that was present for the processor: MMIO, or a write to a page that is
+    /// only protected to notice it. `None` if the host has to be asked.
+    #[cold]
+    #[inline(never)]
+    fn resolve_present(
+        &self,
+        state: &ReaderState,
+        sections: &mut Sections<'_>,
+        memory: &mut Memory,
+        root: &RootState,
+        fault: Fault,
+    ) -> Option<Outcome> {
+        let as_id = root.role.as_id();
+        let space = self.spaces.get(usize::from(as_id))?;
+        let gfn = fault.gpa.frame();
+        let reserved = fault.error.contains(Pferr::RSVD);
+        if !reserved && !fault.error.is_write() {
+            return None;
+        }
+        let known = match reserved {
+            true => None,
+            false => Some(self.find_slot(sections, memory, as_id, gfn)?),
+        };
+        let section = sections.enter();
+        if root.is_obsolete() {
+            return Some(Outcome::ObsoleteRoot);
+        }
+        let table = self.table_in(root.table, &section);
+        if fault.gpa.get() >= table.end() {
+            return None;
+        }
+        let seen = table.lookup(fault.gpa, Height::LEAF);
+        let entry = seen.entry::<F>();
+        let Some(known) = known else {
+            return match self.mmio {
+                Some(mmio) if entry == Entry::Special && mmio.matches(seen.value()) => mmio
+                    .is_fresh(seen.value(), space.generation())
+                    .then_some(Outcome::Mmio),
+                // Someone has changed it since the processor looked.
+                _ => Some(Outcome::Retry),
+            };
+        };
+        if entry != Entry::Leaf {
+            return None;
+        }
+        if spte::allows::<F>(seen.value(), fault.error) {
+            return Some(Outcome::Spurious);
+        }
+        if spte::writable::<F>(seen.value()) != Some(Writable::Logged)
+            || known.info.flags.contains(RegionFlags::READONLY)
+        {
+            return None;
+        }
+        let slot = match SlotTree::recall(known.hint, space.generation(), &section) {
+            Some(slot) => slot,
+            None => space
+                .tree
+                .find(gfn, &section)
+                .filter(|slot| slot.info == known.info && !slot.is_invalid())?,
+        };
+        let level = Level::from_number(seen.place().height().get())?;
+        if level != Level::L4K && slot.dirty.is_some() {
+            return None;
+        }
+        // Before the page can be written; see `dirty_log_get`.
+        slot.mark_dirty(gfn);
+        table
+            .widen(seen, spte::with_write::<F>(seen.value()))
+            .ok()?;
+        state.count(Counter::Fast);
+        Some(Outcome::Fixed { level })
+    }
+
+    /// No slot: the access is MMIO. An entry that says so spares the next access the search.
+    #[cold]
+    #[inline(never)]
+    fn no_slot(
+        &self,
+        state: &ReaderState,
+        sections: &mut Sections<'_>,
+        memory: &mut Memory,
+        root: &RootState,
+        gpa: Gpa,
+    ) -> Result<Outcome, FaultError> {
+        let (Some(mmio), Some(space)) =
+            (self.mmio, self.spaces.get(usize::from(root.role.as_id())))
+        else {
+            return Ok(Outcome::Mmio);
+        };
+        // With every page that could be needed at hand one attempt is enough; without, the access
+        // is MMIO all the same.
+        let enough = memory
+            .pool
+            .fill(self.host(), usize::from(F::MAX_HEIGHT.get()) - 1);
+        let section = sections.enter();
+        let generation = space.generation();
+        if space.tree.find(gpa.frame(), &section).is_some() {
+            return Ok(Outcome::Retry);
+        }
+        let table = self.table_in(root.table, &section);
+        if !enough
+            || generation & UPDATE_IN_PROGRESS != 0
+            || root.is_obsolete()
+            || gpa.get() >= table.end()
+        {
+            return Ok(Outcome::Mmio);
+        }
+        let seen = table.lookup(gpa, Height::LEAF);
+        let entry = mmio.encode(gpa.frame(), generation);
+        if !matches!(seen.entry::<F>(), Entry::Empty | Entry::Special) {
+            return Ok(Outcome::Retry);
+        }
+        if seen.value() == entry {
+            return Ok(Outcome::Mmio);
+        }
+        if table
+            .link_leaf(seen, gpa, Height::LEAF, entry, &mut memory.pool)
+            .is_ok()
+        {
+            state.count(Counter::MmioCreated);
+        }
+        Ok(Outcome::Mmio)
+    }
+}
+
+/// The largest mapping around `gfn` that the host's page, the slot's bounds and alignment, and
+/// dirty logging allow.
+#[inline(always)]
+fn mapping_level(slot: &SlotInfo, gfn: Gfn, page: &HostPage) -> Level {
+    if page.level == Level::L4K || slot.flags.contains(RegionFlags::LOG_DIRTY) {
+        return Level::L4K;
+    }
+    large_mapping_level(slot, gfn, page)
+}
+
+#[cold]
+fn large_mapping_level(slot: &SlotInfo, gfn: Gfn, page: &HostPage) -> Level {
+    for level in [Level::L1G, Level::L2M] {
+        let frames = level.frames();
+        let first = gfn.align_down(frames);
+        let offset = gfn.get() - first.get();
+        let congruent = |address: u64| address >> PAGE_SHIFT & (frames - 1) == offset;
+        if level <= page.level
+            && first >= slot.base
+            && first.get() + frames <= slot.end().get()
+            && congruent(slot.hva_of(gfn))
+            && congruent(page.hpa.get())
+        {
+            return level;
+        }
+    }
+    Level::L4K
 }

@@ -8,20 +8,33 @@
 
 extern crate alloc;
 
+pub mod dirty_log;
 pub mod fault;
 pub mod format;
 pub mod host;
+pub mod host_change;
+pub mod mmio;
 pub mod mmu;
 pub mod reader;
 pub mod region;
 pub mod root;
 pub mod slots;
+pub mod spte;
 pub mod stats;
 
+mod garbage;
+mod invalidation;
+mod lock;
+mod set_region;
+mod tables;
+mod zap;
+
+pub use dirty_log::DirtyLogError;
 pub use fault::{Fault, FaultError, Outcome};
 pub use format::{Ept, MmuFormat, Npt};
 pub use host::{Host, HostPage, PopulateError};
-pub use mmu::{Config, DirtyLogError, HostChange, Mmu, OutOfMemory, PendingChange};
+pub use host_change::{HostChange, PendingChange};
+pub use mmu::{Config, Mmu, OutOfMemory};
 pub use reader::{Reader, ReaderStats};
 pub use region::{Region, RegionError, RegionErrorKind, RegionFlags};
 pub use root::{Root, RootRole};

@@ -1,21 +1,30 @@
 //! The MMU of one VM.
 
-use crate::fault::{Fault, FaultError, Outcome};
 use crate::format::MmuFormat;
+use crate::garbage::Garbage;
 use crate::host::Host;
-use crate::reader::Reader;
-use crate::region::{Region, RegionError};
-use crate::root::{Root, RootRole};
-use crate::slots::SlotInfo;
+use crate::invalidation::Invalidation;
+use crate::lock::Lock;
+use crate::mmio::MmioEncoding;
+use crate::reader::{Reader, ReaderState, ReaderStats};
+use crate::region::ADDRESS_SPACES;
+use crate::root::{Root, RootRole, RootState};
+use crate::slots::{AddressSpace, HvaIndex, SlotInfo, UPDATE_IN_PROGRESS};
 use crate::stats::Stats;
+use crate::tables::{Access, Pages};
+use alloc::sync::Arc;
+use alloc::vec::Vec;
 use core::marker::PhantomData;
-use core::ops::Range;
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use spin::MutexGuard;
 use twofold_arch::{Gfn, Gpa};
+use twofold_table::{Debt, Height, RawPages, Storage};
 
 /// What the MMU has to know about the machine.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Config {
-    /// Width of host-physical addresses in bits, at most 52.
+    /// Width of host-physical addresses in bits, at most 52. Guest-physical addresses are not
+    /// wider either.
     pub maxphyaddr: u8,
     /// First host-virtual address that is no longer user memory.
     pub hva_end: u64,
@@ -39,66 +48,79 @@ impl Default for Config {
 #[error("no memory for a table page")]
 pub struct OutOfMemory;
 
-/// Why a dirty bitmap cannot be read.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum DirtyLogError {
-    /// No such slot id or address space can exist: `-EINVAL`.
-    #[error("slot id or address space out of range")]
-    Id,
-    /// No such slot, or it does not log: `-ENOENT`.
-    #[error("no slot with dirty logging has this id")]
-    NotLogged,
-    /// The buffer has fewer bits than the slot has pages.
-    #[error("the buffer is smaller than the slot's bitmap")]
-    Buffer,
-}
-
 /// The second-stage MMU of one VM: its slots, its tables, its dirty bitmaps.
 ///
 /// Every method takes `&self`; any number of threads may call any of them. [`fault`](Self::fault)
 /// takes no lock.
 pub struct Mmu<F: MmuFormat, H: Host> {
-    host: H,
-    config: Config,
-    format: PhantomData<F>,
+    pub(crate) pages: Pages<H>,
+    pub(crate) config: Config,
+    /// Distinguishes MMUs, so that a reader cannot be used with another.
+    pub(crate) id: u64,
+    pub(crate) spaces: [AddressSpace; ADDRESS_SPACES],
+    pub(crate) invalidation: Invalidation,
+    /// Raised whenever tables have been unlinked.
+    pub(crate) unlinked: AtomicU64,
+    pub(crate) mmio: Option<MmioEncoding>,
+    pub(crate) slot_zap_all: AtomicBool,
+    writer: Lock<Writer<F>>,
+    /// Leaves taken out, by level.
+    pub(crate) unmapped: [AtomicU64; 3],
+    pub(crate) remote_tlb_flush: AtomicU64,
+    pub(crate) tables_zapped: AtomicU64,
 }
 
-/// A change of host memory in progress: from [`Mmu::begin_host_change`] to
-/// [`Mmu::end_host_change`]. No guest can reach the range in between.
-#[must_use = "the range stays unreachable for the guest until the change is ended"]
-#[derive(Debug)]
-pub struct PendingChange {
-    _private: (),
-}
-
-/// [`PendingChange`] that ends itself when dropped.
-#[must_use = "the change ends when this is dropped"]
-pub struct HostChange<'a, F: MmuFormat, H: Host> {
-    mmu: &'a Mmu<F, H>,
-    change: Option<PendingChange>,
-}
-
-impl<F: MmuFormat, H: Host> Drop for HostChange<'_, F, H> {
-    fn drop(&mut self) {
-        if let Some(change) = self.change.take() {
-            self.mmu.end_host_change(change);
-        }
-    }
+/// What only the holder of the writers' lock sees and changes.
+pub(crate) struct Writer<F: MmuFormat> {
+    /// Valid roots, and obsolete ones that someone has loaded.
+    pub(crate) roots: Vec<Arc<RootState>>,
+    pub(crate) readers: Vec<Arc<ReaderState>>,
+    pub(crate) garbage: Garbage,
+    /// The first frame of each slot, by id.
+    pub(crate) ids: [Vec<Option<Gfn>>; ADDRESS_SPACES],
+    pub(crate) by_hva: HvaIndex,
+    /// Pages in all slots.
+    pub(crate) slot_pages: u64,
+    /// Counters of readers that are gone.
+    departed: ReaderStats,
+    departed_mapped: [u64; 3],
+    format: PhantomData<fn() -> F>,
 }
 
 impl<F: MmuFormat, H: Host> Mmu<F, H> {
     /// An MMU without slots.
     pub fn new(host: H, config: Config) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
         Self {
-            host,
+            pages: RawPages(Access(host)),
             config,
-            format: PhantomData,
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            spaces: core::array::from_fn(AddressSpace::new),
+            invalidation: Invalidation::new(),
+            unlinked: AtomicU64::new(0),
+            mmio: MmioEncoding::new::<F>(config.maxphyaddr),
+            slot_zap_all: AtomicBool::new(config.slot_zap_all),
+            writer: Lock::new(Writer {
+                roots: Vec::new(),
+                readers: Vec::new(),
+                garbage: Garbage::default(),
+                ids: [const { Vec::new() }; ADDRESS_SPACES],
+                by_hva: HvaIndex::new(),
+                slot_pages: 0,
+                departed: ReaderStats::default(),
+                departed_mapped: [0; 3],
+                format: PhantomData,
+            }),
+            unmapped: Default::default(),
+            remote_tlb_flush: AtomicU64::new(0),
+            tables_zapped: AtomicU64::new(0),
         }
     }
 
     /// What the hypervisor supplied.
+    #[inline(always)]
     pub fn host(&self) -> &H {
-        &self.host
+        &self.pages.0.0
     }
 
     /// What it was made with.
@@ -106,24 +128,34 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         &self.config
     }
 
-    /// `KVM_SET_USER_MEMORY_REGION`: creates, moves, changes or deletes a slot.
-    ///
-    /// When it returns, no virtual processor uses a translation that the old slot allowed.
-    ///
-    /// # Errors
-    /// In the order of SPEC 6.10; nothing has changed then.
-    pub fn set_region(&self, _region: Region) -> Result<(), RegionError> {
-        unimplemented!()
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Writer<F>> {
+        self.writer.lock(self.host())
     }
 
     /// Switches between the two ways of [`Config::slot_zap_all`].
-    pub fn set_slot_zap_all(&self, _all: bool) {
-        unimplemented!()
+    pub fn set_slot_zap_all(&self, all: bool) {
+        self.slot_zap_all.store(all, Ordering::Relaxed);
     }
 
     /// Registers a thread of the VM, one per virtual processor.
     pub fn reader(&self) -> Reader {
-        unimplemented!()
+        let (reader, state) = Reader::new(self.id);
+        let mut writer = self.lock();
+        self.sweep_readers(&mut writer);
+        writer.readers.push(state);
+        reader
+    }
+
+    /// Takes leave of readers that were dropped.
+    fn sweep_readers(&self, writer: &mut Writer<F>) {
+        let gone = |state: &mut Arc<ReaderState>| state.is_gone();
+        for state in writer.readers.extract_if(.., gone) {
+            writer.departed.add(&state.stats());
+            for (sum, count) in writer.departed_mapped.iter_mut().zip(state.mapped()) {
+                *sum += count;
+            }
+            state.left().lock().drain(self.host());
+        }
     }
 
     /// The valid root for `role`, made if there is none. Counted: it lives until its last
@@ -131,79 +163,47 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     ///
     /// # Errors
     /// [`OutOfMemory`] when a table page cannot be had.
-    pub fn load_root(&self, _role: RootRole) -> Result<Root, OutOfMemory> {
-        unimplemented!()
-    }
-
-    /// Resolves a second-stage fault.
-    ///
-    /// # Errors
-    /// See [`FaultError`]; nothing has changed then.
-    ///
-    /// # Panics
-    /// If `reader` belongs to another MMU.
-    pub fn fault(
-        &self,
-        _reader: &mut Reader,
-        _root: &Root,
-        _fault: Fault,
-    ) -> Result<Outcome, FaultError> {
-        unimplemented!()
-    }
-
-    /// Announces a change of host memory in `hva` (a range of addresses) and takes it away from
-    /// the guest; when this returns, no virtual processor can reach it until the guard is dropped.
-    pub fn host_change(&self, hva: Range<u64>) -> HostChange<'_, F, H> {
-        HostChange {
-            mmu: self,
-            change: Some(self.begin_host_change(hva)),
+    pub fn load_root(&self, role: RootRole) -> Result<Root, OutOfMemory> {
+        let mut writer = self.lock();
+        self.sweep_roots(&mut writer);
+        let mut roots = writer.roots.iter();
+        if let Some(state) = roots.find(|root| root.role == role && !root.is_obsolete()) {
+            return Ok(Root {
+                state: Arc::clone(state),
+            });
         }
-    }
-
-    /// [`host_change`](Self::host_change) without a guard that borrows the MMU: the caller owes
-    /// one [`end_host_change`](Self::end_host_change).
-    pub fn begin_host_change(&self, _hva: Range<u64>) -> PendingChange {
-        unimplemented!()
-    }
-
-    /// Ends a change. Faults on its range, which were told to retry, go on.
-    pub fn end_host_change(&self, _change: PendingChange) {
-        unimplemented!()
-    }
-
-    /// [`host_change`](Self::host_change) of all host memory (a file behind some slot shrinks,
-    /// for instance).
-    pub fn host_change_all(&self) -> HostChange<'_, F, H> {
-        self.host_change(0..u64::MAX)
+        let page = self.host().alloc_table().ok_or(OutOfMemory)?;
+        let table = self.root_table(page, Height::from(role.level));
+        self.pages.fill(table.page, F::ENTRIES, F::EMPTY);
+        let state = Arc::new(RootState::new(table, role));
+        writer.roots.push(Arc::clone(&state));
+        Ok(Root { state })
     }
 
     /// Drops every mapping by making every root obsolete. Virtual processors have to load a new root.
     pub fn zap_all(&self) {
-        unimplemented!()
-    }
-
-    /// `KVM_GET_DIRTY_LOG`: moves the slot's dirty bits to `bitmap` (bit n of word m is page
-    /// `64 * m + n` of the slot) and protects those pages again, so that the next write is seen.
-    ///
-    /// # Errors
-    /// See [`DirtyLogError`].
-    pub fn dirty_log_get(
-        &self,
-        _as_id: u16,
-        _slot: u16,
-        _bitmap: &mut [u64],
-    ) -> Result<(), DirtyLogError> {
-        unimplemented!()
+        self.zap_all_locked(&mut self.lock());
     }
 
     /// The slot with this id.
-    pub fn slot(&self, _as_id: u16, _slot: u16) -> Option<SlotInfo> {
-        unimplemented!()
+    pub fn slot(&self, as_id: u16, slot: u16) -> Option<SlotInfo> {
+        let writer = self.lock();
+        let base = (*writer.ids.get(usize::from(as_id))?.get(usize::from(slot))?)?;
+        self.spaces
+            .get(usize::from(as_id))?
+            .tree
+            .find_locked(base)
+            .map(|slot| slot.info)
     }
 
     /// The slot that holds `gfn`, for threads without a reader. Takes the writers' lock.
-    pub fn slot_at(&self, _as_id: u16, _gfn: Gfn) -> Option<SlotInfo> {
-        unimplemented!()
+    pub fn slot_at(&self, as_id: u16, gfn: Gfn) -> Option<SlotInfo> {
+        let _writer = self.lock();
+        self.spaces
+            .get(usize::from(as_id))?
+            .tree
+            .find_locked(gfn)
+            .map(|slot| slot.info)
     }
 
     /// The slot that holds `gpa`, without a lock: where a guest-physical address is in host-virtual
@@ -211,20 +211,72 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     ///
     /// # Panics
     /// If `reader` belongs to another MMU.
-    pub fn lookup(&self, _reader: &mut Reader, _as_id: u16, _gpa: Gpa) -> Option<SlotInfo> {
-        unimplemented!()
+    pub fn lookup(&self, reader: &mut Reader, as_id: u16, gpa: Gpa) -> Option<SlotInfo> {
+        let (_, mut sections, memory) = reader.parts(self.id);
+        self.find_slot(&mut sections, memory, as_id, gpa.frame())
+            .map(|known| known.info)
     }
 
     /// Marks the page dirty in the slot that holds it, if that slot logs: the hypervisor wrote there.
     ///
     /// # Panics
     /// If `reader` belongs to another MMU.
-    pub fn mark_dirty(&self, _reader: &mut Reader, _as_id: u16, _gfn: Gfn) {
-        unimplemented!()
+    pub fn mark_dirty(&self, reader: &mut Reader, as_id: u16, gfn: Gfn) {
+        let (_, mut sections, _) = reader.parts(self.id);
+        if let Some(space) = self.spaces.get(usize::from(as_id)) {
+            let section = sections.enter();
+            if let Some(slot) = space.tree.find(gfn, &section) {
+                slot.mark_dirty(gfn);
+            }
+        }
     }
 
     /// Counters, summed over every reader.
     pub fn stats(&self) -> Stats {
-        unimplemented!()
+        let mut writer = self.lock();
+        self.sweep_readers(&mut writer);
+        let mut faults = writer.departed;
+        let mut mapped = writer.departed_mapped;
+        for reader in &writer.readers {
+            faults.add(&reader.stats());
+            for (sum, count) in mapped.iter_mut().zip(reader.mapped()) {
+                *sum += count;
+            }
+        }
+        for (sum, count) in mapped.iter_mut().zip(&self.unmapped) {
+            *sum = sum.saturating_sub(count.load(Ordering::Relaxed));
+        }
+        Stats {
+            pages_4k: mapped[0],
+            pages_2m: mapped[1],
+            pages_1g: mapped[2],
+            remote_tlb_flush: self.remote_tlb_flush.load(Ordering::Relaxed),
+            tables_zapped: self.tables_zapped.load(Ordering::Relaxed),
+            faults,
+            slots_generation: self
+                .spaces
+                .each_ref()
+                .map(|space| space.generation() & !UPDATE_IN_PROGRESS),
+        }
+    }
+}
+
+impl<F: MmuFormat, H: Host> Drop for Mmu<F, H> {
+    fn drop(&mut self) {
+        // Nobody calls any more, so nothing has to be waited for; but virtual processors may still
+        // hold translations until the flush that the debt asks for.
+        let mut writer = self.lock();
+        self.sweep_readers(&mut writer);
+        let mut debt = Debt::none();
+        let roots = core::mem::take(&mut writer.roots);
+        for root in &roots {
+            self.table_locked(root.table, &writer)
+                .retire_root(&mut debt);
+        }
+        self.pay(&writer, debt);
+        let _readers = self.synchronize(&mut writer);
+        for reader in writer.readers.drain(..) {
+            reader.left().lock().drain(self.host());
+        }
     }
 }

@@ -1,6 +1,9 @@
 //! Roots by role.
 
+use alloc::sync::Arc;
+use core::sync::atomic::{AtomicBool, Ordering};
 use twofold_arch::{Hpa, Level};
+use twofold_table::RootTable;
 
 /// What a root is for. Virtual processors with equal roles share a root.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
@@ -27,25 +30,54 @@ impl RootRole {
     }
 }
 
-/// A counted reference to a root table.
+/// A root table. The MMU holds one reference, each [`Root`] another; the page is given back when
+/// the root is obsolete and only the MMU's is left.
 #[derive(Debug)]
+pub(crate) struct RootState {
+    pub(crate) table: RootTable,
+    pub(crate) role: RootRole,
+    obsolete: AtomicBool,
+}
+
+impl RootState {
+    pub(crate) fn new(table: RootTable, role: RootRole) -> Self {
+        Self {
+            table,
+            role,
+            obsolete: AtomicBool::new(false),
+        }
+    }
+
+    pub(crate) fn make_obsolete(&self) {
+        self.obsolete.store(true, Ordering::SeqCst);
+    }
+
+    #[inline(always)]
+    pub(crate) fn is_obsolete(&self) -> bool {
+        self.obsolete.load(Ordering::Acquire)
+    }
+}
+
+/// A counted reference to a root table. To be kept as long as a virtual processor has the root
+/// loaded or may hold translations made through it.
+#[derive(Clone, Debug)]
 pub struct Root {
-    _private: (),
+    pub(crate) state: Arc<RootState>,
 }
 
 impl Root {
     /// Where the root table is: what goes into EPTP or nCR3.
     pub fn hpa(&self) -> Hpa {
-        unimplemented!()
+        self.state.table.page.hpa()
     }
 
     /// What the root is for.
     pub fn role(&self) -> RootRole {
-        unimplemented!()
+        self.state.role
     }
 
     /// Whether the MMU has dropped this root; a virtual processor must then load another.
     pub fn is_obsolete(&self) -> bool {
-        unimplemented!()
+        self.state.is_obsolete()
     }
 }

@@ -50,6 +50,11 @@ impl<'s, F: Format, S: Storage> Cursor<'s, F, S> {
         }
     }
 
+    /// The table that is being visited.
+    pub const fn table(&self) -> Table<'s, F, S> {
+        self.table
+    }
+
     /// The next entry, with the value it has now.
     #[expect(
         clippy::should_implement_trait,

@@ -1,0 +1,116 @@
+//! Changes of host memory against faults in flight (SPEC 5.3).
+//!
+//! A fault takes a [`Snapshot`], finds the host page, and asks again inside its read section
+//! before it publishes. A change of host memory raises the count, waits for the read sections that
+//! began before, and only then zaps. So either the fault saw the change and retries, or its mapping
+//! is there to be zapped.
+//!
+//! The recorded range is the union of all changes in progress, in host-virtual addresses: a slot
+//! that is created while its memory changes is covered too.
+
+use core::ops::Range;
+use twofold_table::sync::atomic::{AtomicU64, Ordering};
+
+/// Changes in progress in the low bits, changes ended above.
+const ONE_ENDED: u64 = 1 << 20;
+const IN_PROGRESS: u64 = ONE_ENDED - 1;
+
+/// The sequence, and the range of the changes in progress.
+#[derive(Debug)]
+pub(crate) struct Invalidation {
+    state: AtomicU64,
+    start: AtomicU64,
+    end: AtomicU64,
+}
+
+/// The state before the host was asked for a page.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Snapshot(u64);
+
+impl Invalidation {
+    pub(crate) fn new() -> Self {
+        Self {
+            state: AtomicU64::new(0),
+            start: AtomicU64::new(0),
+            end: AtomicU64::new(0),
+        }
+    }
+
+    /// To be taken before the host is asked.
+    #[inline(always)]
+    pub(crate) fn snapshot(&self) -> Snapshot {
+        Snapshot(self.state.load(Ordering::Acquire))
+    }
+
+    /// Whether what was learnt since `snapshot` about host memory in `hva` still stands. To be
+    /// asked inside the read section that publishes it.
+    #[inline(always)]
+    pub(crate) fn allows(&self, snapshot: Snapshot, hva: Range<u64>) -> bool {
+        let state = self.state.load(Ordering::Acquire);
+        state == snapshot.0 && (state & IN_PROGRESS == 0 || self.outside(state, hva))
+    }
+
+    #[cold]
+    fn outside(&self, state: u64, hva: Range<u64>) -> bool {
+        let start = self.start.load(Ordering::Acquire);
+        let end = self.end.load(Ordering::Acquire);
+        // The range belongs to this state only if the state has not moved on meanwhile.
+        (hva.end <= start || end <= hva.start) && self.state.load(Ordering::Acquire) == state
+    }
+
+    /// A change of `hva` begins. The caller holds the writers' lock; afterwards it runs the heavy
+    /// barrier and waits for the readers before it zaps.
+    pub(crate) fn begin(&self, hva: Range<u64>) {
+        let (mut start, mut end) = (hva.start, hva.end);
+        if self.state.load(Ordering::Acquire) & IN_PROGRESS != 0 {
+            start = start.min(self.start.load(Ordering::Relaxed));
+            end = end.max(self.end.load(Ordering::Relaxed));
+        }
+        self.start.store(start, Ordering::Release);
+        self.end.store(end, Ordering::Release);
+        self.state.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// One change has ended. Needs no lock.
+    pub(crate) fn end(&self) {
+        self.state.fetch_add(ONE_ENDED - 1, Ordering::SeqCst);
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_snapshot_stands_only_until_a_change_begins_or_ends() {
+        let invalidation = Invalidation::new();
+        let before = invalidation.snapshot();
+        assert!(invalidation.allows(before, 0..0x1000));
+        invalidation.begin(0x1000..0x2000);
+        assert!(!invalidation.allows(before, 0..0x1000));
+        let during = invalidation.snapshot();
+        assert!(invalidation.allows(during, 0..0x1000));
+        assert!(invalidation.allows(during, 0x2000..0x3000));
+        assert!(!invalidation.allows(during, 0x1000..0x2000));
+        assert!(!invalidation.allows(during, 0..0x20_0000));
+        invalidation.end();
+        assert!(!invalidation.allows(during, 0..0x1000));
+        assert!(invalidation.allows(invalidation.snapshot(), 0x1000..0x2000));
+    }
+
+    #[test]
+    fn overlapping_changes_forbid_their_union_until_the_last_ends() {
+        let invalidation = Invalidation::new();
+        invalidation.begin(0x1000..0x2000);
+        invalidation.begin(0x5000..0x6000);
+        let during = invalidation.snapshot();
+        assert!(!invalidation.allows(during, 0x3000..0x4000));
+        invalidation.end();
+        let during = invalidation.snapshot();
+        assert!(!invalidation.allows(during, 0x3000..0x4000));
+        invalidation.end();
+        invalidation.begin(0x9000..0xa000);
+        assert!(invalidation.allows(invalidation.snapshot(), 0x3000..0x4000));
+        invalidation.end();
+    }
+}

@@ -1,0 +1,251 @@
+//! `KVM_SET_USER_MEMORY_REGION`: what is refused in which order, and how a change is carried out
+//! under running guests (SPEC 6.10).
+
+use crate::format::MmuFormat;
+use crate::host::Host;
+use crate::mmu::{Mmu, Writer};
+use crate::region::{ADDRESS_SPACES, MAX_SLOT_PAGES, Region, RegionError, RegionFlags, USER_SLOTS};
+use crate::slots::{DirtyBitmap, Slot, SlotInfo};
+use alloc::sync::Arc;
+use core::sync::atomic::Ordering;
+use twofold_arch::{Gfn, PAGE_SHIFT, PAGE_SIZE};
+use twofold_table::Debt;
+
+/// A request that makes sense by itself.
+struct Checked {
+    /// What the slot shall be. `pages` 0: nothing.
+    info: SlotInfo,
+}
+
+impl Checked {
+    /// The checks that need no look at the slots, in KVM's order.
+    fn new(region: &Region, hva_end: u64) -> Result<Self, RegionError> {
+        let flags = RegionFlags::from_bits(region.flags).ok_or(RegionError::Flags(region.flags))?;
+        if !region.size.is_multiple_of(PAGE_SIZE) {
+            return Err(RegionError::Size);
+        }
+        if !region.gpa.is_multiple_of(PAGE_SIZE) {
+            return Err(RegionError::GpaAlignment);
+        }
+        let in_user_space = region
+            .hva
+            .checked_add(region.size)
+            .is_some_and(|end| end <= hva_end);
+        if !region.hva.is_multiple_of(PAGE_SIZE) || !in_user_space {
+            return Err(RegionError::Hva);
+        }
+        let (id, as_id) = (region.slot as u16, (region.slot >> 16) as u16);
+        if usize::from(as_id) >= ADDRESS_SPACES || usize::from(id) >= USER_SLOTS {
+            return Err(RegionError::Id);
+        }
+        if region.gpa.checked_add(region.size).is_none() {
+            return Err(RegionError::Wraps);
+        }
+        let pages = region.size >> PAGE_SHIFT;
+        if pages > MAX_SLOT_PAGES {
+            return Err(RegionError::TooManyPages);
+        }
+        let base = Gfn::new(region.gpa >> PAGE_SHIFT);
+        Ok(Self {
+            info: SlotInfo {
+                id,
+                as_id,
+                base,
+                pages,
+                hva: region.hva,
+                flags,
+            },
+        })
+    }
+}
+
+/// What a request means, given the slots there are.
+enum Change {
+    Nothing,
+    Create,
+    Delete(SlotInfo),
+    Move(SlotInfo),
+    Flags,
+}
+
+impl<F: MmuFormat, H: Host> Mmu<F, H> {
+    /// The slot with this id. `as_id` and `id` may be anything.
+    pub(crate) fn slot_by_id<'s>(
+        &'s self,
+        writer: &'s Writer<F>,
+        as_id: u16,
+        id: u16,
+    ) -> Option<&'s Slot> {
+        let base = (*writer.ids.get(usize::from(as_id))?.get(usize::from(id))?)?;
+        self.spaces.get(usize::from(as_id))?.tree.find_locked(base)
+    }
+
+    /// `KVM_SET_USER_MEMORY_REGION`: creates, moves, changes or deletes a slot.
+    ///
+    /// When it returns, no virtual processor uses a translation that the old slot allowed.
+    ///
+    /// # Errors
+    /// In the order of SPEC 6.10; nothing has changed then.
+    pub fn set_region(&self, region: Region) -> Result<(), RegionError> {
+        let wanted = Checked::new(&region, self.config.hva_end)?.info;
+        let mut writer = self.lock();
+        let change = self.classify(&writer, &wanted)?;
+        match change {
+            Change::Nothing => return Ok(()),
+            Change::Create => {
+                let slot = self.new_slot(wanted, None)?;
+                self.enter_slot(&mut writer, slot);
+            }
+            Change::Flags => self.change_flags(&mut writer, wanted)?,
+            Change::Move(old) => {
+                let dirty = self.dirty_of(&writer, &old);
+                let slot = self.new_slot(wanted, dirty)?;
+                self.retire_slot(&mut writer, &old);
+                self.enter_slot(&mut writer, slot);
+            }
+            Change::Delete(old) => self.retire_slot(&mut writer, &old),
+        }
+        if self.space(&wanted).end_update() {
+            // Entries that remember the absence of memory under a generation of long ago would
+            // look fresh again.
+            self.zap_all_locked(&mut writer);
+        }
+        // Slots that are only ever added would pile up garbage.
+        if writer.garbage.len() > 4096 {
+            let _readers = self.synchronize(&mut writer);
+        }
+        Ok(())
+    }
+
+    fn classify(&self, writer: &Writer<F>, wanted: &SlotInfo) -> Result<Change, RegionError> {
+        let old = self
+            .slot_by_id(writer, wanted.as_id, wanted.id)
+            .map(|slot| slot.info);
+        if wanted.pages == 0 {
+            return old.map(Change::Delete).ok_or(RegionError::NoSuchSlot);
+        }
+        let change = match old {
+            None => {
+                if writer.slot_pages.checked_add(wanted.pages).is_none() {
+                    return Err(RegionError::TooManyPages);
+                }
+                Change::Create
+            }
+            Some(old) => {
+                let changed = old.flags ^ wanted.flags;
+                if old.hva != wanted.hva
+                    || old.pages != wanted.pages
+                    || changed.contains(RegionFlags::READONLY)
+                {
+                    return Err(RegionError::Immutable);
+                }
+                if old.base != wanted.base {
+                    Change::Move(old)
+                } else if changed.is_empty() {
+                    return Ok(Change::Nothing);
+                } else {
+                    return Ok(Change::Flags);
+                }
+            }
+        };
+        let except = old.map(|old| old.base);
+        if self
+            .space(wanted)
+            .tree
+            .overlaps(wanted.base, wanted.pages, except)
+        {
+            return Err(RegionError::Overlap);
+        }
+        let max_gfn = 1u64 << (u32::from(self.config.maxphyaddr.clamp(32, 52)) - PAGE_SHIFT);
+        if wanted.end().get() > max_gfn {
+            return Err(RegionError::BeyondTables);
+        }
+        Ok(change)
+    }
+
+    fn space(&self, slot: &SlotInfo) -> &crate::slots::AddressSpace {
+        &self.spaces[usize::from(slot.as_id) % ADDRESS_SPACES]
+    }
+
+    fn dirty_of(&self, writer: &Writer<F>, slot: &SlotInfo) -> Option<Arc<DirtyBitmap>> {
+        self.slot_by_id(writer, slot.as_id, slot.id)?.dirty.clone()
+    }
+
+    /// A slot with its bitmap: `dirty` if it goes on, a new one if it logs and had none.
+    fn new_slot(
+        &self,
+        info: SlotInfo,
+        dirty: Option<Arc<DirtyBitmap>>,
+    ) -> Result<Slot, RegionError> {
+        let dirty = if !info.flags.contains(RegionFlags::LOG_DIRTY) {
+            None
+        } else if dirty.is_some() {
+            dirty
+        } else {
+            Some(Arc::new(
+                DirtyBitmap::new(info.pages).ok_or(RegionError::OutOfMemory)?,
+            ))
+        };
+        Ok(Slot::new(info, dirty))
+    }
+
+    /// Publishes a new slot and enters it in the writers' indices. The update is announced here
+    /// and ended by the caller.
+    fn enter_slot(&self, writer: &mut Writer<F>, slot: Slot) {
+        let info = slot.info;
+        let ids = &mut writer.ids[usize::from(info.as_id) % ADDRESS_SPACES];
+        let id = usize::from(info.id);
+        if ids.len() <= id {
+            ids.resize(id + 1, None);
+        }
+        ids[id] = Some(info.base);
+        writer
+            .by_hva
+            .insert(info.hva, info.pages, info.as_id, info.id);
+        writer.slot_pages += info.pages;
+        let space = self.space(&info);
+        space.begin_update();
+        space.insert(slot, &mut writer.garbage);
+    }
+
+    /// Takes a slot away: faults on it retry from now on, its mappings go, then it goes.
+    fn retire_slot(&self, writer: &mut Writer<F>, old: &SlotInfo) {
+        let space = self.space(old);
+        space.begin_update();
+        if let Some(slot) = self.slot_by_id(writer, old.as_id, old.id) {
+            slot.invalidate();
+        }
+        if self.slot_zap_all.load(Ordering::Relaxed) {
+            self.zap_all_locked(writer);
+        } else {
+            let _readers = self.synchronize(writer);
+            let mut debt = Debt::none();
+            self.zap_gfns(writer, old.as_id, old.base..old.end(), &mut debt);
+            self.pay(writer, debt);
+        }
+        space.tree.remove(old.base, &mut writer.garbage);
+        if let Some(id) =
+            writer.ids[usize::from(old.as_id) % ADDRESS_SPACES].get_mut(usize::from(old.id))
+        {
+            *id = None;
+        }
+        writer.by_hva.remove(old.hva, old.pages, old.as_id, old.id);
+        writer.slot_pages -= old.pages;
+    }
+
+    /// Dirty logging begins or ends.
+    fn change_flags(&self, writer: &mut Writer<F>, wanted: SlotInfo) -> Result<(), RegionError> {
+        let slot = self.new_slot(wanted, None)?;
+        let space = self.space(&wanted);
+        space.begin_update();
+        space.insert(slot, &mut writer.garbage);
+        if wanted.flags.contains(RegionFlags::LOG_DIRTY) {
+            // Faults that know the old slot map without marking; after them nobody does.
+            let _readers = self.synchronize(writer);
+            let mut debt = Debt::none();
+            self.write_protect(writer, wanted.as_id, wanted.base..wanted.end(), &mut debt);
+            self.pay(writer, debt);
+        }
+        Ok(())
+    }
+}

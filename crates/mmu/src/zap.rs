@@ -1,0 +1,191 @@
+//! Taking mappings away, and paying what that owes.
+
+use crate::format::MmuFormat;
+use crate::host::Host;
+use crate::mmu::{Mmu, Writer};
+use crate::root::RootState;
+use crate::spte::{Writable, without_write, writable};
+use alloc::sync::Arc;
+use core::ops::Range;
+use core::sync::atomic::Ordering;
+use twofold_arch::{Gfn, Gpa, Level};
+use twofold_table::{Cursor, Debt, Entry, Height, Leaves, Quiesced, wait_for_readers};
+
+impl<F: MmuFormat, H: Host> Mmu<F, H> {
+    /// Waits for every read section that may have missed what this thread has changed, and frees
+    /// what was waiting for that.
+    pub(crate) fn synchronize(&self, writer: &mut Writer<F>) -> Quiesced {
+        if !writer.readers.is_empty() {
+            self.host().heavy_barrier();
+        }
+        let readers = self.wait_for_readers(writer);
+        writer.garbage.clear(&readers);
+        readers
+    }
+
+    fn wait_for_readers(&self, writer: &Writer<F>) -> Quiesced {
+        wait_for_readers(writer.readers.iter().map(|reader| reader.word()), || {
+            self.host().wait_hint();
+        })
+    }
+
+    /// Flushes what must be flushed, waits for readers where tables were taken out, and gives the
+    /// tables back.
+    pub(crate) fn pay(&self, writer: &Writer<F>, debt: Debt<F>) {
+        if debt.is_none() {
+            return;
+        }
+        // Before anyone is waited for: a reader that still sees the old value is in a section
+        // that the wait below will find.
+        self.unlinked.fetch_add(1, Ordering::SeqCst);
+        let settled = debt.settle(|range| self.flush(range));
+        let leaves = match settled.leaves() {
+            Ok(leaves) => leaves,
+            Err(settled) => {
+                let mut tables = 0;
+                // The flush was a barrier on every reader's thread.
+                let readers = self.wait_for_readers(writer);
+                let leaves = settled.reclaim(&readers, &self.pages, |page| {
+                    tables += 1;
+                    self.host().free_table(page.hpa());
+                });
+                self.tables_zapped.fetch_add(tables, Ordering::Relaxed);
+                leaves
+            }
+        };
+        self.count_unmapped(&leaves);
+    }
+
+    /// Pays a debt of leaves only, without the writers' lock.
+    pub(crate) fn pay_flush(&self, debt: Debt<F>) {
+        if let Ok(leaves) = debt.settle(|range| self.flush(range)).leaves() {
+            self.count_unmapped(&leaves);
+        }
+    }
+
+    fn flush(&self, _range: Range<Gpa>) {
+        self.remote_tlb_flush.fetch_add(1, Ordering::Relaxed);
+        self.host().flush_tlbs();
+    }
+
+    fn count_unmapped(&self, leaves: &Leaves) {
+        for (level, count) in [Level::L4K, Level::L2M, Level::L1G]
+            .into_iter()
+            .zip(&self.unmapped)
+        {
+            let gone = leaves.at(Height::from(level));
+            if gone != 0 {
+                count.fetch_add(gone, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Takes every mapping of `gfns` out of every root of the address space. A leaf that is only
+    /// partly in the range goes as a whole.
+    pub(crate) fn zap_gfns(
+        &self,
+        writer: &Writer<F>,
+        as_id: u16,
+        gfns: Range<Gfn>,
+        debt: &mut Debt<F>,
+    ) {
+        for root in writer
+            .roots
+            .iter()
+            .filter(|root| root.role.as_id() == as_id)
+        {
+            self.zap_in_root(writer, root, &gfns, debt);
+        }
+    }
+
+    fn zap_in_root(
+        &self,
+        writer: &Writer<F>,
+        root: &Arc<RootState>,
+        gfns: &Range<Gfn>,
+        debt: &mut Debt<F>,
+    ) {
+        let (start, end) = (gfns.start.address(), gfns.end.address());
+        let mut cursor = Cursor::new(self.table_locked(root.table, writer), start..end);
+        while let Some(seen) = cursor.next() {
+            match seen.entry::<F>() {
+                Entry::Empty => continue,
+                Entry::Table(_) => {
+                    let first = seen.place().gpa();
+                    let covered = first >= start
+                        && first.get() + F::bytes(seen.place().height()) <= end.get();
+                    if !covered {
+                        continue;
+                    }
+                    cursor.skip();
+                }
+                Entry::Leaf | Entry::Special | Entry::Frozen => {}
+            }
+            if cursor.table().remove(seen, debt).is_err() {
+                cursor.again();
+            }
+        }
+    }
+
+    /// Takes W from every 4K leaf of `gfns` in every root of the address space, so that the next
+    /// write to each page is noticed, and takes larger leaves out.
+    pub(crate) fn write_protect(
+        &self,
+        writer: &Writer<F>,
+        as_id: u16,
+        gfns: Range<Gfn>,
+        debt: &mut Debt<F>,
+    ) {
+        let range = gfns.start.address()..gfns.end.address();
+        for root in writer
+            .roots
+            .iter()
+            .filter(|root| root.role.as_id() == as_id)
+        {
+            let mut cursor = Cursor::new(self.table_locked(root.table, writer), range.clone());
+            while let Some(seen) = cursor.next() {
+                if seen.entry::<F>() != Entry::Leaf {
+                    continue;
+                }
+                let table = cursor.table();
+                let done = if seen.place().height() > Height::LEAF {
+                    table.remove(seen, debt)
+                } else if writable::<F>(seen.value()) == Some(Writable::Yes) {
+                    table.shrink(seen, without_write::<F>(seen.value()), debt)
+                } else {
+                    Ok(())
+                };
+                if done.is_err() {
+                    cursor.again();
+                }
+            }
+        }
+    }
+
+    /// Drops every mapping by making every root obsolete: new faults load new roots while the old
+    /// ones are taken apart.
+    pub(crate) fn zap_all_locked(&self, writer: &mut Writer<F>) {
+        for root in &writer.roots {
+            root.make_obsolete();
+        }
+        let _readers = self.synchronize(writer);
+        let mut debt = Debt::none();
+        let all = Gfn::new(0)..Gfn::new(u64::MAX >> 12);
+        for root in &writer.roots {
+            self.zap_in_root(writer, root, &all, &mut debt);
+        }
+        self.pay(writer, debt);
+        self.sweep_roots(writer);
+    }
+
+    /// Gives back the obsolete roots that nobody has loaded.
+    pub(crate) fn sweep_roots(&self, writer: &mut Writer<F>) {
+        let mut debt = Debt::none();
+        let unused = |root: &mut Arc<RootState>| root.is_obsolete() && Arc::strong_count(root) == 1;
+        let dropped: alloc::vec::Vec<_> = writer.roots.extract_if(.., unused).collect();
+        for root in &dropped {
+            self.table_locked(root.table, writer).retire_root(&mut debt);
+        }
+        self.pay(writer, debt);
+    }
+}
