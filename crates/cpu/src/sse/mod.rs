@@ -13,6 +13,7 @@ mod coverage;
 mod crypto;
 mod float;
 mod host;
+mod image;
 mod integer;
 mod moves;
 mod mxcsr;
@@ -34,7 +35,7 @@ use iced_x86::Mnemonic;
 /// The handler for an instruction of this subject. Where SSE is switched off it is one that raises
 /// the exception due.
 pub(crate) fn select(form: &Form) -> Option<Handler> {
-    if let Some(handler) = moves::select_ungated(form) {
+    if let Some(handler) = moves::select_ungated(form).or_else(|| image::select(form)) {
         return Some(handler);
     }
     // MMX registers, and the string instructions that share the names MOVSD and CMPSD.

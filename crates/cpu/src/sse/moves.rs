@@ -8,7 +8,7 @@ use crate::int::Int;
 use crate::op::{Address, Handler, Mem, Op, Place as _, Read as _, Segmented};
 use crate::state::gpr;
 use crate::trap::Trap;
-use iced_x86::{Mnemonic as M, OpKind, Register};
+use iced_x86::Mnemonic as M;
 
 /// The handler for an instruction of this subject.
 pub(super) fn select(form: &Form) -> Option<Handler> {
@@ -122,7 +122,7 @@ pub(super) fn select(form: &Form) -> Option<Handler> {
             },
             _ => return None,
         },
-        M::Maskmovdqu if masked_store_is_plain(form) => masked_store,
+        M::Maskmovdqu => masked_store,
         M::Ldmxcsr => |core, op| {
             let value: u32 = Mem::<Segmented>::read(core, op)?;
             if mxcsr::has_reserved_bits(value) {
@@ -204,34 +204,17 @@ fn store_general<T: Int, A: Address>(core: &mut Core, op: &Op) -> Result<(), Tra
     Mem::<A>::write(core, op, value)
 }
 
-/// MASKMOVDQU through DS with the address size of the code, the only one that is executed.
-fn masked_store_is_plain(form: &Form) -> bool {
-    let usual = match form.mode.bitness() {
-        64 => OpKind::MemorySegRDI,
-        32 => OpKind::MemorySegEDI,
-        _ => OpKind::MemorySegDI,
-    };
-    form.instruction.op_kind(0) == usual
-        && form.instruction.memory_segment() == Register::DS
-        && form.kinds[1] == Kind::Xmm
-}
-
-/// MASKMOVDQU: stores the bytes whose mask has its top bit set. Pages that no such byte lies in are
-/// not touched, which the SDM leaves to the implementation.
+/// MASKMOVDQU: stores the bytes whose mask has its top bit set. Whether pages that no such byte lies
+/// in may fault is left to the implementation; here all 16 bytes must be writable.
 fn masked_store(core: &mut Core, op: &Op) -> Result<(), Trap> {
     let value = core.xmm(op.src).to_le_bytes();
     let mask = host::pmovmskb(core.xmm(op.aux));
-    if mask == 0 {
-        return Ok(());
-    }
-    let first = mask.trailing_zeros();
-    let last = 31 - mask.leading_zeros();
-    let start = core.regs[gpr::RDI].wrapping_add(u64::from(first)) & op.address_mask();
-    let linear = core.linear(op.seg, start, u64::from(last - first + 1), true)?;
-    core.touch_write(linear, u64::from(last - first + 1))?;
-    for i in first..=last {
+    let offset = core.regs[gpr::RDI] & op.address_mask();
+    let linear = core.linear(op.seg, offset, 16, true)?;
+    core.touch_write(linear, 16)?;
+    for (i, &byte) in (0u64..).zip(&value) {
         if mask >> i & 1 != 0 {
-            core.store(linear.wrapping_add(u64::from(i - first)), value[i as usize])?;
+            core.store(linear.wrapping_add(i), byte)?;
         }
     }
     Ok(())

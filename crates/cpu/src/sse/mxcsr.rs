@@ -30,7 +30,7 @@ const FLUSH: u32 = 1 << 15;
 /// The control bits after reset.
 const DEFAULT: u32 = 0x1f80;
 /// The bits that exist.
-const EXISTING: u32 = 0xffff;
+pub(super) const EXISTING: u32 = 0xffff;
 
 /// Whether the guest's MXCSR is in the host's register, and what was there before.
 #[derive(Clone, Copy, Default, Debug)]
