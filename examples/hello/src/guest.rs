@@ -41,6 +41,8 @@ pub(crate) const GREETING: u64 = u64::from_le_bytes(*b"twofold!");
 global_asm!(
     ".pushsection .rodata.guest, \"a\"",
     ".balign 16",
+    // Global, since the code that names them may be compiled into another object.
+    ".globl guest_image, guest_image_end",
     "guest_image:",
     "    lgdt [rip + gdt_pointer]",
     "    lidt [rip + idt_pointer]",
