@@ -97,8 +97,10 @@ impl Line {
     pub(crate) fn enter(&self) {
         let sequence = self.sequence.load(Ordering::Relaxed);
         debug_assert!(sequence & 1 == 0, "the vCPU is in guest mode already");
+        // Release, since a waiting thread may see only this store and not that of the `leave` before
+        // it. On x86 it is an ordinary store all the same.
         self.sequence
-            .store(sequence.wrapping_add(1), Ordering::Relaxed);
+            .store(sequence.wrapping_add(1), Ordering::Release);
         light_barrier();
         #[cfg(loom)]
         loom::sync::atomic::fence(Ordering::SeqCst);
@@ -162,5 +164,72 @@ mod tests {
         assert_eq!(line.pending(), Request::EXIT);
         line.cancel_kick();
         assert!(!line.asked());
+    }
+}
+
+/// Every interleaving of one vCPU with one thread that takes a page away:
+/// `RUSTFLAGS="--cfg loom" cargo test -p twofold-cpu --release --lib line::model`.
+#[cfg(all(test, loom))]
+mod model {
+    use super::*;
+    use loom::cell::UnsafeCell;
+    use loom::sync::Arc;
+    use loom::thread;
+
+    struct Shared {
+        line: Line,
+        /// The page behind a translation that the vCPU has cached. Loom reports it when a use is
+        /// not ordered before the page is given to somebody else.
+        page: UnsafeCell<u32>,
+    }
+
+    /// What the vCPU does between entering and leaving guest mode.
+    fn run(shared: &Shared, cached: &mut bool) {
+        let line = &shared.line;
+        line.enter();
+        for _ in 0..2 {
+            if line.asked() {
+                line.clear(Request::FLUSH_TLB);
+                *cached = false;
+                line.pass();
+            }
+            if *cached {
+                // SAFETY: that nobody writes meanwhile is what the model shows.
+                #[expect(unsafe_code)]
+                // UNSAFETY: loom's cell hands out pointers.
+                shared.page.with(|page| assert_eq!(unsafe { *page }, 0));
+            }
+        }
+        line.leave();
+    }
+
+    #[test]
+    fn a_page_is_taken_only_after_its_last_use() {
+        loom::model(|| {
+            let shared = Arc::new(Shared {
+                line: Line::new(0),
+                page: UnsafeCell::new(0),
+            });
+            let vcpu = thread::spawn({
+                let shared = Arc::clone(&shared);
+                move || {
+                    let mut cached = true;
+                    run(&shared, &mut cached);
+                    run(&shared, &mut cached);
+                }
+            });
+            shared.line.post(Request::FLUSH_TLB);
+            // What `heavy_barrier` amounts to, with the fence in `enter` as its other half.
+            loom::sync::atomic::fence(Ordering::SeqCst);
+            let ticket = shared.line.ticket();
+            while !shared.line.has_passed(ticket) {
+                thread::yield_now();
+            }
+            // SAFETY: as above.
+            #[expect(unsafe_code)]
+            // UNSAFETY: loom's cell hands out pointers.
+            shared.page.with_mut(|page| unsafe { *page = 1 });
+            vcpu.join().unwrap();
+        });
     }
 }

@@ -1,7 +1,7 @@
 //! Data accesses at linear addresses.
 
 use super::access::{self, Datum, Vanished};
-use super::tlb::Set;
+use super::tlb::{Set, tag};
 use super::{PAGE_MASK, Place, Target};
 use crate::core_state::Core;
 use crate::trap::Trap;
@@ -18,7 +18,7 @@ impl Core {
     #[inline(always)]
     pub(crate) fn load<T: Datum>(&mut self, linear: u64) -> Result<T, Trap> {
         let entry = self.mem.tlb.entry(self.mem.data_base, linear);
-        if entry.read == linear.wrapping_add(T::SIZE as u64 - 1) & PAGE_MASK {
+        if entry.read == tag(linear, T::SIZE as u64) {
             let place = linear.wrapping_add(entry.addend) as usize;
             return self.load_host(place);
         }
@@ -29,7 +29,7 @@ impl Core {
     #[inline(always)]
     pub(crate) fn store<T: Datum>(&mut self, linear: u64, value: T) -> Result<(), Trap> {
         let entry = self.mem.tlb.entry(self.mem.data_base, linear);
-        if entry.write == linear.wrapping_add(T::SIZE as u64 - 1) & PAGE_MASK {
+        if entry.write == tag(linear, T::SIZE as u64) {
             let place = linear.wrapping_add(entry.addend) as usize;
             return self.store_host(place, value);
         }
@@ -40,7 +40,7 @@ impl Core {
     /// state. SMAP is never suspended for such an access.
     pub(crate) fn load_sys<T: Datum>(&mut self, linear: u64) -> Result<T, Trap> {
         let entry = self.mem.tlb.entry(Set::Supervisor.base(), linear);
-        if entry.read == linear.wrapping_add(T::SIZE as u64 - 1) & PAGE_MASK {
+        if entry.read == tag(linear, T::SIZE as u64) {
             let place = linear.wrapping_add(entry.addend) as usize;
             return self.load_host(place);
         }
@@ -50,7 +50,7 @@ impl Core {
     /// Writes with supervisor rights whatever the current privilege level.
     pub(crate) fn store_sys<T: Datum>(&mut self, linear: u64, value: T) -> Result<(), Trap> {
         let entry = self.mem.tlb.entry(Set::Supervisor.base(), linear);
-        if entry.write == linear.wrapping_add(T::SIZE as u64 - 1) & PAGE_MASK {
+        if entry.write == tag(linear, T::SIZE as u64) {
             let place = linear.wrapping_add(entry.addend) as usize;
             return self.store_host(place, value);
         }
@@ -68,7 +68,7 @@ impl Core {
         change: impl Fn(T) -> T,
     ) -> Result<(T, T), Trap> {
         let entry = self.mem.tlb.entry(self.mem.data_base, linear);
-        if entry.write == linear.wrapping_add(T::SIZE as u64 - 1) & PAGE_MASK {
+        if entry.write == tag(linear, T::SIZE as u64) {
             let place = linear.wrapping_add(entry.addend) as usize;
             return if locked {
                 self.rmw_locked_host(place, change)
@@ -98,7 +98,7 @@ impl Core {
     }
 
     fn probe(&mut self, linear: u64, set: Set) -> Result<(), Trap> {
-        if self.mem.tlb.entry(set.base(), linear).write == linear & PAGE_MASK {
+        if self.mem.tlb.entry(set.base(), linear).write == tag(linear, 1) {
             return Ok(());
         }
         self.translate_data(linear, true, set).map(|_| ())

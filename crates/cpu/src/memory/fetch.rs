@@ -3,7 +3,7 @@
 use super::access::{self, Vanished};
 use super::stage1::LinearAccess;
 use super::stage2::{Operation, Rights};
-use super::tlb::{Allowed, Set};
+use super::tlb::{Allowed, Set, tag};
 use super::{PAGE_MASK, PAGE_SHIFT};
 use crate::core_state::Core;
 use crate::trap::Trap;
@@ -30,7 +30,7 @@ impl Core {
             Set::Supervisor
         };
         let entry = self.mem.tlb.entry(set.base(), linear);
-        if entry.execute == linear & PAGE_MASK {
+        if entry.execute == tag(linear, 1) {
             return Ok(linear.wrapping_add(entry.addend) as usize);
         }
         self.exec_slow(linear, set)

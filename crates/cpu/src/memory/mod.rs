@@ -11,6 +11,7 @@ pub(crate) mod code;
 mod data;
 mod fetch;
 mod mmio;
+mod span;
 mod stage1;
 mod stage2;
 #[cfg(test)]

@@ -220,6 +220,66 @@ fn a_store_that_faults_on_its_second_page_has_changed_nothing() {
 }
 
 #[test]
+fn spans_are_what_their_elements_would_be() {
+    let host = Host::new(SecondStageKind::Ept);
+    let machine = host.machine();
+    let mut cpu = host.paged(&machine);
+    let core = &mut cpu.core;
+    core.store(0x20_000, 0x1122_3344_5566_7788u64).unwrap();
+    // As far as the nearer end of a page goes.
+    assert_eq!(core.copy_span(0x21_ff0, 0x20_000, 0x1000, 1), Ok(16));
+    assert_eq!(core.load::<u64>(0x21_ff0), Ok(0x1122_3344_5566_7788));
+    assert_eq!(core.copy_span(0x21_fee, 0x20_000, 0x1000, 4), Ok(16));
+    // Bytes that overlap spread; longer elements that overlap are not done this way.
+    assert_eq!(core.copy_span(0x20_001, 0x20_000, 7, 1), Ok(7));
+    assert_eq!(core.load::<u64>(0x20_000), Ok(0x8888_8888_8888_8888));
+    assert_eq!(core.copy_span(0x20_002, 0x20_000, 8, 4), Ok(0));
+    assert_eq!(
+        core.copy_span(0x20_000, 0x20_002, 8, 4),
+        Ok(8),
+        "downwards nothing is read twice"
+    );
+    for (element, expected) in [
+        (1, 0x8888_8888_8888_8888),
+        (2, 0x7788_7788_7788_7788),
+        (4, 0x5566_7788_5566_7788),
+        (8, 0x1122_3344_5566_7788u64),
+    ] {
+        assert_eq!(
+            core.fill_span(0x22_003, 0x1122_3344_5566_7788, element, 23),
+            Ok(16)
+        );
+        assert_eq!(core.load::<u64>(0x22_00b), Ok(expected));
+        assert_eq!(core.load::<u8>(0x22_013), Ok(0));
+    }
+    host.put(3, 0x23, 0);
+    let result = core.fill_span(0x23_000, 0, 1, 64);
+    assert_eq!(violation(exit_of(core, result)).0, 0x23_000);
+    core.line.enter();
+    core.fetch(0x22_000).unwrap();
+    core.line.leave();
+    assert_eq!(
+        core.fill_span(0x22_000, 0, 1, 64),
+        Ok(0),
+        "stores to code are noticed one by one"
+    );
+}
+
+#[test]
+fn sixteen_bytes_are_exchanged_at_once() {
+    let host = Host::new(SecondStageKind::Ept);
+    let machine = host.machine();
+    let mut cpu = host.paged(&machine);
+    let core = &mut cpu.core;
+    let new = 7 << 64 | 9u128;
+    assert_eq!(core.cmpxchg16(0x20_010, 0, new), Ok(0));
+    assert_eq!(core.cmpxchg16(0x20_010, 0, 1), Ok(new));
+    assert_eq!(core.load::<u128>(0x20_010), Ok(new));
+    let result = core.cmpxchg16(0x20_018, 0, 1);
+    assert_eq!(fault_of(core, result), (vector::GP, Some(0), None));
+}
+
+#[test]
 fn a_violation_names_the_access_and_what_the_entries_allow() {
     let host = Host::new(SecondStageKind::Ept);
     let machine = host.machine();

@@ -1,7 +1,7 @@
 //! The cache of translations from linear addresses to host memory.
 //!
-//! Direct mapped, 4 KiB pages, one tag for each kind of access. A tag is the linear address of a
-//! page; the test for a hit compares it with the page of the access's *last* byte while the index
+//! Direct mapped, 4 KiB pages, one tag for each kind of access. A tag stands for the linear address
+//! of a page; the test for a hit compares it with the page of the access's *last* byte while the index
 //! comes from the first, so that an access across a page never hits. An entry is only filled with
 //! a tag for writing when the dirty flags of both stages are set and no code was decoded from the
 //! page: a hit needs nothing else.
@@ -11,8 +11,15 @@ use super::{PAGE_MASK, PAGE_SHIFT};
 /// Entries of one set.
 pub(crate) const ENTRIES: usize = 1024;
 const SETS: usize = 4;
-/// A tag that no access has: it is not the address of a page.
-const NO_PAGE: u64 = 1;
+/// No page's tag: an empty cache is all zeros, and costs no memory until it is filled.
+const NO_PAGE: u64 = 0;
+
+/// The tag that an entry must have for an access of `size` bytes to hit: the address of the last
+/// byte of the page that the access ends in, which is never zero.
+#[inline(always)]
+pub(crate) const fn tag(linear: u64, size: u64) -> u64 {
+    linear.wrapping_add(size - 1) | !PAGE_MASK
+}
 
 /// Whose translations a set holds. Which pages may be accessed differs, so each has its own.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -37,15 +44,20 @@ impl Set {
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(32))]
 pub(crate) struct Entry {
-    /// The page, if data may be read from it.
+    /// The page's [`tag`], if data may be read from it.
     pub(crate) read: u64,
-    /// The page, if data may be written to it.
+    /// The page's tag, if data may be written to it.
     pub(crate) write: u64,
-    /// The page, if instructions may be fetched from it.
+    /// The page's tag, if instructions may be fetched from it.
     pub(crate) execute: u64,
     /// Added to a linear address, wrapping, it gives the address in this process.
     pub(crate) addend: u64,
 }
+
+#[expect(unsafe_code)]
+// UNSAFETY: the trait is the promise that all zeros is a value.
+// SAFETY: the fields are integers.
+unsafe impl bytemuck::Zeroable for Entry {}
 
 impl Entry {
     const EMPTY: Self = Self {
@@ -55,8 +67,8 @@ impl Entry {
         addend: 0,
     };
 
-    fn holds(&self, page: u64) -> bool {
-        self.read == page || self.write == page || self.execute == page
+    fn holds(&self, tag: u64) -> bool {
+        self.read == tag || self.write == tag || self.execute == tag
     }
 }
 
@@ -84,12 +96,7 @@ impl Tlb {
     const REMEMBERED: usize = 96;
 
     pub(crate) fn new() -> Self {
-        let entries = vec![Entry::EMPTY; SETS * ENTRIES].into_boxed_slice();
-        // The length is the array's own.
-        let entries: Box<[Entry; SETS * ENTRIES]> = match entries.try_into() {
-            Ok(array) => array,
-            Err(_) => unreachable!("a slice of the array's length"),
-        };
+        let entries = bytemuck::zeroed_box();
         Self {
             entries,
             filled: [0; Self::REMEMBERED],
@@ -119,17 +126,17 @@ impl Tlb {
         allowed: Allowed,
         large: Option<u64>,
     ) {
-        let page = linear & PAGE_MASK;
+        let new = tag(linear, 1);
         let index = Self::index(set.base(), linear);
         let entry = &mut self.entries[index];
-        if !entry.holds(page) || entry.addend != addend {
+        if !entry.holds(new) || entry.addend != addend {
             *entry = Entry::EMPTY;
             entry.addend = addend;
         }
-        let tag = |allowed, old| if allowed { page } else { old };
-        entry.read = tag(allowed.read, entry.read);
-        entry.write = tag(allowed.write, entry.write);
-        entry.execute = tag(allowed.execute, entry.execute);
+        let choose = |allowed, old| if allowed { new } else { old };
+        entry.read = choose(allowed.read, entry.read);
+        entry.write = choose(allowed.write, entry.write);
+        entry.execute = choose(allowed.execute, entry.execute);
         if self.filled_count < Self::REMEMBERED {
             self.filled[self.filled_count] = index as u16;
         }
@@ -166,7 +173,7 @@ impl Tlb {
             self.flush();
             return;
         }
-        let page = linear & PAGE_MASK;
+        let page = tag(linear, 1);
         for base in (0..SETS).map(|set| set * ENTRIES) {
             let entry = &mut self.entries[Self::index(base, linear)];
             if entry.holds(page) {
@@ -205,7 +212,7 @@ mod tests {
     };
 
     fn reads(tlb: &Tlb, set: Set, linear: u64, size: u64) -> bool {
-        tlb.entry(set.base(), linear).read == linear.wrapping_add(size - 1) & PAGE_MASK
+        tlb.entry(set.base(), linear).read == tag(linear, size)
     }
 
     #[test]
@@ -219,6 +226,14 @@ mod tests {
         tlb.fill(Set::User, u64::MAX & PAGE_MASK, 0, READ, None);
         tlb.fill(Set::User, 0, 0, READ, None);
         assert!(!reads(&tlb, Set::User, u64::MAX - 3, 8));
+    }
+
+    #[test]
+    fn an_empty_cache_has_no_page_not_even_the_last() {
+        let tlb = Tlb::new();
+        assert!(!reads(&tlb, Set::User, 0, 1));
+        assert!(!reads(&tlb, Set::User, u64::MAX, 1));
+        assert!(!reads(&tlb, Set::User, u64::MAX - 7, 16));
     }
 
     #[test]
@@ -269,7 +284,7 @@ mod tests {
         let entry = tlb.entry(Set::User.base(), 0x7000);
         assert_eq!(
             (entry.read, entry.write, entry.addend),
-            (0x7000, NO_PAGE, 0x200_0000)
+            (tag(0x7000, 1), NO_PAGE, 0x200_0000)
         );
     }
 }
