@@ -1,5 +1,7 @@
 //! Where Twofold's messages go: the program's standard error, as far as `TWOFOLD_LOG` lets them.
 
+use std::io::IsTerminal;
+
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 
@@ -13,6 +15,7 @@ pub(crate) fn start() {
     let started = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_target(true)
         .without_time()
         .try_init();

@@ -109,7 +109,7 @@ extern "C" fn when_ended() {
     settle();
     if env::var_os("TWOFOLD_SUMMARY").is_some_and(|value| value != "0") {
         // Standard error may be closed by now.
-        let _ = write!(std::io::stderr(), "{}", abi::summary());
+        let _ = writeln!(std::io::stderr(), "{}", abi::summary());
     }
 }
 
