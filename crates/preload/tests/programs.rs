@@ -4,8 +4,8 @@
 //! run without it where this machine has a usable `/dev/kvm`: what they expect must be what KVM
 //! does.
 
-use std::ffi::OsStr;
 use std::collections::HashSet;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -21,7 +21,10 @@ fn library() -> &'static Path {
         if !cfg!(debug_assertions) {
             cargo.arg("--release");
         }
-        let output = cargo.current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap();
+        let output = cargo
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .output()
+            .unwrap();
         assert_success("cargo build", &output);
         let test = std::env::current_exe().unwrap();
         let library = test.with_file_name("libtwofold.so");
@@ -31,7 +34,11 @@ fn library() -> &'static Path {
 }
 
 fn has_real_kvm() -> bool {
-    File::options().read(true).write(true).open("/dev/kvm").is_ok()
+    File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .is_ok()
 }
 
 /// Compiles `tests/programs/NAME.c`.
@@ -44,14 +51,21 @@ fn compile(name: &str) -> PathBuf {
         .arg(sources.join(name).with_extension("c"))
         .output()
         .expect("gcc should be installed");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     program
 }
 
 /// A command that is killed if it hangs.
 fn command(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new("timeout");
-    command.args(["--kill-after=1", "60"]).arg(program).env_remove("LD_PRELOAD");
+    command
+        .args(["--kill-after=1", "60"])
+        .arg(program)
+        .env_remove("LD_PRELOAD");
     command
 }
 
@@ -74,7 +88,10 @@ fn assert_success(what: &str, output: &Output) {
 #[track_caller]
 fn check_on_twofold(name: &str) {
     let program = compile(name);
-    assert_success(&format!("{name} on Twofold"), &on_twofold(&program).output().unwrap());
+    assert_success(
+        &format!("{name} on Twofold"),
+        &on_twofold(&program).output().unwrap(),
+    );
 }
 
 #[track_caller]
@@ -82,7 +99,10 @@ fn check_on_both(name: &str) {
     check_on_twofold(name);
     if has_real_kvm() {
         let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
-        assert_success(&format!("{name} on the real KVM"), &command(&program).output().unwrap());
+        assert_success(
+            &format!("{name} on the real KVM"),
+            &command(&program).output().unwrap(),
+        );
     }
 }
 
@@ -166,14 +186,24 @@ fn exported_names(library: &Path) -> HashSet<String> {
         .expect("nm should be installed, as it comes with gcc");
     assert_success("nm", &output);
     let names = String::from_utf8(output.stdout).unwrap();
-    names.lines().filter_map(|line| line.split([' ', '@']).next()).map(str::to_owned).collect()
+    names
+        .lines()
+        .filter_map(|line| line.split([' ', '@']).next())
+        .map(str::to_owned)
+        .collect()
 }
 
 #[test]
 fn the_library_exports_names_of_libc_and_nothing_else() {
-    let libc = Command::new("gcc").arg("-print-file-name=libc.so.6").output().unwrap();
+    let libc = Command::new("gcc")
+        .arg("-print-file-name=libc.so.6")
+        .output()
+        .unwrap();
     let libc = exported_names(Path::new(String::from_utf8(libc.stdout).unwrap().trim()));
     let ours = exported_names(library());
     assert!(ours.contains("ioctl"));
-    assert_eq!(ours.difference(&libc).collect::<Vec<_>>(), Vec::<&String>::new());
+    assert_eq!(
+        ours.difference(&libc).collect::<Vec<_>>(),
+        Vec::<&String>::new()
+    );
 }
