@@ -1,7 +1,7 @@
 //! The loop that runs blocks, and what happens between them.
 
 use crate::blocks::BlockCache;
-use crate::core_state::{Core, Pending};
+use crate::core_state::{Core, Pending, slot};
 use crate::decode;
 use crate::mode::Mode;
 use crate::op::Op;
@@ -19,20 +19,27 @@ pub(crate) fn run(core: &mut Core, blocks: &mut BlockCache) -> Exit {
         return exit;
     }
     core.prepare();
+    // Whether the block for this boundary was just made: what `boundary` decided still holds.
+    let mut refreshed = false;
     loop {
-        if core.line.asked() | core.attention | core.code_changed() {
+        if !refreshed && core.line.asked() | core.attention | core.code_changed() {
             if let Some(exit) = core.boundary() {
                 return exit;
             }
         }
         let Some(block) = blocks.find(core.context, core.rip, core.epoch) else {
-            if let Err(trap) = refresh(core, blocks) {
-                if let Some(exit) = core.handle(trap, None, &[]) {
-                    return exit;
+            match refresh(core, blocks) {
+                Ok(()) => refreshed = true,
+                Err(trap) => {
+                    refreshed = false;
+                    if let Some(exit) = core.handle(trap, None, &[]) {
+                        return exit;
+                    }
                 }
             }
             continue;
         };
+        refreshed = false;
         let ip = core.rip;
         core.rip = block.next_ip;
         core.stop = false;
@@ -239,7 +246,7 @@ impl Core {
             Trap::Exception => {
                 let mut exception = self.fault;
                 if std::mem::take(&mut self.mem.not_canonical)
-                    && op.is_some_and(|op| op.seg == crate::core_state::seg::SS)
+                    && op.is_some_and(|op| self.faulted_on_stack(op))
                 {
                     exception.vector = vector::SS;
                 }
@@ -252,6 +259,18 @@ impl Core {
                 self.deliver_fault(exception)
             }
         }
+    }
+
+    /// Whether the address that was not canonical is one that SS holds: that of a stack
+    /// instruction, or of an operand with RSP or RBP as its base.
+    fn faulted_on_stack(&self, op: &Op) -> bool {
+        if op.seg == crate::core_state::seg::SS {
+            return true;
+        }
+        // A stack instruction with a memory operand elsewhere: if that is canonical, it was not
+        // the one.
+        let explicit = op.disp != 0 || op.base != slot::ZERO || op.index != slot::ZERO;
+        explicit && self.is_canonical(crate::op::offset(self, op) & op.address_mask())
     }
 
     /// Whether blocks of single instructions are asked for by anything but the guest's state.

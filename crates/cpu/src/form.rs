@@ -280,6 +280,20 @@ impl Form {
         }
     }
 
+    /// The segment of the memory operand. In 64-bit code a prefix that names another segment than
+    /// FS and GS is ignored; the default then only decides between #SS and #GP.
+    fn memory_segment(&self) -> u8 {
+        let instruction = &self.instruction;
+        let segment = instruction.memory_segment();
+        if self.mode.has(Mode::CODE64) && !matches!(segment, Register::FS | Register::GS) {
+            return match instruction.memory_base() {
+                Register::RSP | Register::RBP | Register::ESP | Register::EBP => seg::SS,
+                _ => seg::DS,
+            };
+        }
+        segment_of(segment)
+    }
+
     /// The operation without its handler.
     pub(crate) fn operands(&self, ip: u64, nothing: crate::op::Handler) -> Op {
         let instruction = &self.instruction;
@@ -301,6 +315,9 @@ impl Form {
             repeat: 0,
             fused: 0,
         };
+        if instruction.is_stack_instruction() {
+            op.seg = seg::SS;
+        }
         if instruction.has_rep_prefix() {
             op.repeat = 1;
         } else if instruction.has_repne_prefix() {
@@ -325,7 +342,7 @@ impl Form {
                 Kind::Mem => {
                     op.disp = instruction.memory_displacement64();
                     op.address_bits = self.address_bits();
-                    op.seg = segment_of(instruction.memory_segment());
+                    op.seg = self.memory_segment();
                     let base = instruction.memory_base();
                     if !matches!(base, Register::RIP | Register::EIP) {
                         op.base = slot_of(base);

@@ -115,15 +115,15 @@ pub(crate) fn select(form: &Form) -> Option<Handler> {
             Ok(())
         },
         (M::Lldt, ..) => |core, op| {
-            let selector = selector_operand(core, op)?;
             core.require_protected()?;
             core.require_ring_0()?;
+            let selector = selector_operand(core, op)?;
             core.load_system_segment(selector, false)
         },
         (M::Ltr, ..) => |core, op| {
-            let selector = selector_operand(core, op)?;
             core.require_protected()?;
             core.require_ring_0()?;
+            let selector = selector_operand(core, op)?;
             core.load_system_segment(selector, true)
         },
         (M::Lar, ..) => |core, op| {
