@@ -1,6 +1,6 @@
 //! Floating-point comparison into masks and into flags, and PTEST.
 
-use super::float::float_immediate;
+use super::float::{float_handler, float_immediate};
 use super::host::{self, Ordering};
 use super::operand::{Source, by_source};
 use crate::core_state::Core;
@@ -13,13 +13,11 @@ use iced_x86::Mnemonic as M;
 /// A handler for a scalar comparison whose outcome goes to ZF, PF and CF.
 macro_rules! ordering {
     ($form:expr, $memory:ident, $compare:expr) => {
-        by_source!($form, $memory, S => |core, op| {
-            let b = <S as Source>::read(core, op)?;
-            let a = core.xmm(op.dst);
-            let outcome = core.float(|| $compare(a, b))?;
-            core.flags.set_arithmetic(image(outcome));
-            Ok(())
-        })
+        by_source!($form, $memory, S => (float_handler!(
+            S,
+            |a, b, _| $compare(a, b),
+            |core: &mut Core, _: &Op, outcome| core.flags.set_arithmetic(image(outcome))
+        )))
     };
 }
 

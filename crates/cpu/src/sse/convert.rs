@@ -1,47 +1,48 @@
 //! Conversions between floating-point formats and integers.
 
-use super::float::{float, float_unary};
+use super::float::{float, float_handler, float_unary};
 use super::host;
-use super::operand::{Source, by_source, unary};
+use super::operand::{General, Low32, Low64, by_source, unary};
 use crate::core_state::Core;
 use crate::form::{Form, Kind, by_address};
-use crate::op::{Handler, Mem, Op, Read, Src};
-use crate::trap::Trap;
+use crate::op::{Handler, Op};
 use iced_x86::Mnemonic as M;
 
 /// A handler for a scalar conversion to a general register of 32 or 64 bits.
 macro_rules! to_integer {
     ($form:expr, $memory:ident, $narrow:expr, $wide:expr) => {
         match $form.width {
-            8 => by_source!($form, $memory, S => |core, op| {
-                let b = <S as Source>::read(core, op)?;
-                let value: u64 = core.float(|| $wide(b))?;
-                core.set_reg(op.dst, value);
-                Ok(())
-            }),
-            _ => by_source!($form, $memory, S => |core, op| {
-                let b = <S as Source>::read(core, op)?;
-                let value: u32 = core.float(|| $narrow(b))?;
-                core.set_reg(op.dst, value);
-                Ok(())
-            }),
+            8 => by_source!($form, $memory, S => (float_handler!(
+                S,
+                |_, b, _| $wide(b),
+                |core: &mut Core, op: &Op, value: u64| core.set_reg(op.dst, value)
+            ))),
+            _ => by_source!($form, $memory, S => (float_handler!(
+                S,
+                |_, b, _| $narrow(b),
+                |core: &mut Core, op: &Op, value: u32| core.set_reg(op.dst, value)
+            ))),
         }
     };
 }
 
-/// A handler for a conversion from a general register or memory of 32 or 64 bits.
+/// A handler for a conversion from a general register or memory of 32 or 64 bits to the low lane
+/// of the first operand.
 macro_rules! from_integer {
     ($form:expr, $narrow:expr, $wide:expr) => {
         match ($form.source_width(), $form.kinds[1]) {
-            (8, Kind::Mem) => by_address!($form, A => |core, op| {
-                from_integer::<u64, Mem<A>>(core, op, $wide)
-            }),
-            (8, _) => |core, op| from_integer::<u64, Src>(core, op, $wide),
-            (_, Kind::Mem) => by_address!($form, A => |core, op| {
-                from_integer::<u32, Mem<A>>(core, op, $narrow)
-            }),
-            (_, _) => |core, op| from_integer::<u32, Src>(core, op, $narrow),
+            (8, Kind::Mem) => by_address!($form, A => (from_integer!(@ Low64<A>, u64, $wide))),
+            (8, _) => from_integer!(@ General<u64>, u64, $wide),
+            (_, Kind::Mem) => by_address!($form, A => (from_integer!(@ Low32<A>, u32, $narrow))),
+            (_, _) => from_integer!(@ General<u32>, u32, $narrow),
         }
+    };
+    (@ $s:ty, $t:ty, $value:expr) => {
+        float_handler!(
+            $s,
+            |a, b, _| $value(a, b as $t),
+            |core: &mut Core, op: &Op, result: u128| core.set_xmm(op.dst, result)
+        )
     };
 }
 
@@ -67,18 +68,4 @@ pub(super) fn select(form: &Form) -> Option<Handler> {
         M::Cvtsi2sd => from_integer!(form, host::cvtsi2sd_32, host::cvtsi2sd_64),
         _ => return None,
     })
-}
-
-/// Replaces the low lane of the first operand by the integer.
-#[inline(always)]
-fn from_integer<T: crate::int::Int, S: Read>(
-    core: &mut Core,
-    op: &Op,
-    convert: impl Fn(u128, T) -> u128,
-) -> Result<(), Trap> {
-    let value: T = S::read(core, op)?;
-    let a = core.xmm(op.dst);
-    let result = core.float(|| convert(a, value))?;
-    core.set_xmm(op.dst, result);
-    Ok(())
 }

@@ -8,17 +8,60 @@ use bytemuck::must_cast;
 use iced_x86::Mnemonic as M;
 use std::array::from_fn;
 
-/// A handler that replaces the first operand by a function of it and the second operand that
-/// obeys MXCSR. Nothing changes if an unmasked exception is found.
+/// A handler that computes from the first operand, the second (of the type named) and the low
+/// byte of the immediate, under the guest's MXCSR, and then stores what it computed. Nothing changes
+/// if an unmasked exception is found.
+macro_rules! float_handler {
+    ($s:ty, $compute:expr, $finish:expr) => {{
+        use $crate::sse::operand::Source;
+
+        /// For the first of a run, and with control bits that need care.
+        #[cold]
+        #[inline(never)]
+        fn exact<S: Source>(
+            core: &mut $crate::core_state::Core,
+            op: &$crate::op::Op,
+        ) -> Result<(), $crate::trap::Trap> {
+            let b = S::read(core, op)?;
+            let (a, immediate) = (core.xmm(op.dst), op.imm as u8);
+            let result = core.float_exact(&|| $compute(a, b, immediate))?;
+            $finish(core, op, result);
+            Ok(())
+        }
+
+        |core, op| {
+            if !core.float_is_live() {
+                return exact::<<$s as Source>::General>(core, op);
+            }
+            let b = <$s as Source>::read(core, op)?;
+            let result = $compute(core.xmm(op.dst), b, op.imm as u8);
+            $finish(core, op, result);
+            Ok(())
+        }
+    }};
+}
+pub(super) use float_handler;
+
+/// A [`float_handler`] that replaces the first operand.
+macro_rules! float_to_vector {
+    ($form:expr, $memory:ident, $compute:expr) => {
+        $crate::sse::operand::by_source!($form, $memory, S => (
+            $crate::sse::float::float_handler!(
+                S,
+                $compute,
+                |core: &mut $crate::core_state::Core, op: &$crate::op::Op, result: u128| {
+                    core.set_xmm(op.dst, result);
+                }
+            )
+        ))
+    };
+}
+pub(super) use float_to_vector;
+
+/// A handler that replaces the first operand by a function of it and the second operand.
 macro_rules! float {
     ($form:expr, $memory:ident, $value:expr) => {
-        $crate::sse::operand::by_source!($form, $memory, S => |core, op| {
-            let b = <S as $crate::sse::operand::Source>::read(core, op)?;
-            let a = core.xmm(op.dst);
-            let result = core.float(|| $value(a, b))?;
-            core.set_xmm(op.dst, result);
-            Ok(())
-        })
+        $crate::sse::float::float_to_vector!($form, $memory, |a, b, _| $value(a, b))
     };
 }
 pub(super) use float;
@@ -26,12 +69,7 @@ pub(super) use float;
 /// As [`float`], for a function of the second operand alone.
 macro_rules! float_unary {
     ($form:expr, $memory:ident, $value:expr) => {
-        $crate::sse::operand::by_source!($form, $memory, S => |core, op| {
-            let b = <S as $crate::sse::operand::Source>::read(core, op)?;
-            let result = core.float(|| $value(b))?;
-            core.set_xmm(op.dst, result);
-            Ok(())
-        })
+        $crate::sse::float::float_to_vector!($form, $memory, |_, b, _| $value(b))
     };
 }
 pub(super) use float_unary;
@@ -39,14 +77,7 @@ pub(super) use float_unary;
 /// As [`float`], with the low byte of the immediate as the function's third argument.
 macro_rules! float_immediate {
     ($form:expr, $memory:ident, $value:expr) => {
-        $crate::sse::operand::by_source!($form, $memory, S => |core, op| {
-            let b = <S as $crate::sse::operand::Source>::read(core, op)?;
-            let a = core.xmm(op.dst);
-            let immediate = op.imm as u8;
-            let result = core.float(|| $value(a, b, immediate))?;
-            core.set_xmm(op.dst, result);
-            Ok(())
-        })
+        $crate::sse::float::float_to_vector!($form, $memory, $value)
     };
 }
 pub(super) use float_immediate;

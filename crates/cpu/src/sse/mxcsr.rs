@@ -40,31 +40,35 @@ pub(crate) struct FloatUnit {
 }
 
 impl Core {
-    /// Computes under the guest's MXCSR. On an exception that the guest has unmasked, its flags are
-    /// set and nothing else has happened.
-    ///
-    /// `compute` may be called more than once.
+    /// Whether a floating-point instruction may simply be executed: the guest's MXCSR is in place.
     #[inline(always)]
-    pub(super) fn float<R>(&mut self, compute: impl Fn() -> R) -> Result<R, Trap> {
-        if self.float.live {
-            Ok(compute())
-        } else {
-            self.float_slow(&compute)
-        }
+    pub(super) fn float_is_live(&self) -> bool {
+        self.float.live
     }
 
-    #[cold]
-    #[inline(never)]
-    fn float_slow<R>(&mut self, compute: &dyn Fn() -> R) -> Result<R, Trap> {
+    /// Puts the guest's MXCSR in place, if its control bits are the default ones.
+    fn enter_float(&mut self) -> bool {
         let guest = self.vectors.mxcsr;
-        if guest & !FLAGS == DEFAULT {
-            self.float = FloatUnit {
-                live: true,
-                host: host::mxcsr(),
-            };
-            host::set_mxcsr(guest);
+        if guest & !FLAGS != DEFAULT {
+            return false;
+        }
+        self.float = FloatUnit {
+            live: true,
+            host: host::mxcsr(),
+        };
+        host::set_mxcsr(guest);
+        true
+    }
+
+    /// Computes under any MXCSR that the guest may have. On an exception that the guest has
+    /// unmasked, its flags are set and nothing else has happened.
+    ///
+    /// `compute` is called once or twice.
+    pub(super) fn float_exact<R>(&mut self, compute: &dyn Fn() -> R) -> Result<R, Trap> {
+        if self.float.live || self.enter_float() {
             return Ok(compute());
         }
+        let guest = self.vectors.mxcsr;
         let unmasked = !(guest >> MASK_SHIFT) & FLAGS;
         let mut control = guest & !FLAGS;
         if unmasked & UNDERFLOW != 0 {

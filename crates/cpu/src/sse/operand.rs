@@ -1,7 +1,8 @@
 //! Vector registers and 16-byte memory operands.
 
 use crate::core_state::Core;
-use crate::op::{Address, Mem, Op, Read};
+use crate::int::Int;
+use crate::op::{Address, Mem, Op, Read, Segmented};
 use crate::trap::Trap;
 use std::marker::PhantomData;
 
@@ -36,6 +37,9 @@ pub(super) trait Source {
     /// Whether the operand is a register, of which the upper lanes are there too.
     const IS_REGISTER: bool = false;
 
+    /// The same operand by the way that serves every address, for code that is seldom executed.
+    type General: Source;
+
     /// Its value.
     fn read(core: &mut Core, op: &Op) -> Result<u128, Trap>;
 }
@@ -55,6 +59,7 @@ pub(super) struct Low16<A>(PhantomData<A>);
 
 impl Source for XmmSrc {
     const IS_REGISTER: bool = true;
+    type General = Self;
 
     #[inline(always)]
     fn read(core: &mut Core, op: &Op) -> Result<u128, Trap> {
@@ -63,6 +68,8 @@ impl Source for XmmSrc {
 }
 
 impl<A: Address> Source for Aligned<A> {
+    type General = Aligned<Segmented>;
+
     #[inline(always)]
     fn read(core: &mut Core, op: &Op) -> Result<u128, Trap> {
         let linear = A::for_read(core, op, 16)?;
@@ -72,6 +79,8 @@ impl<A: Address> Source for Aligned<A> {
 }
 
 impl<A: Address> Source for Unaligned<A> {
+    type General = Unaligned<Segmented>;
+
     #[inline(always)]
     fn read(core: &mut Core, op: &Op) -> Result<u128, Trap> {
         let linear = A::for_read(core, op, 16)?;
@@ -82,6 +91,8 @@ impl<A: Address> Source for Unaligned<A> {
 macro_rules! low {
     ($($name:ident $type:ty),*) => { $(
         impl<A: Address> Source for $name<A> {
+            type General = $name<Segmented>;
+
             #[inline(always)]
             fn read(core: &mut Core, op: &Op) -> Result<u128, Trap> {
                 Mem::<A>::read::<$type>(core, op).map(u128::from)
@@ -107,6 +118,18 @@ impl<A: Address> Unaligned<A> {
     pub(super) fn write(core: &mut Core, op: &Op, value: u128) -> Result<(), Trap> {
         let linear = A::for_write(core, op, 16)?;
         core.store(linear, value)
+    }
+}
+
+/// The general register that is the second operand.
+pub(super) struct General<T>(PhantomData<T>);
+
+impl<T: Int> Source for General<T> {
+    type General = Self;
+
+    #[inline(always)]
+    fn read(core: &mut Core, op: &Op) -> Result<u128, Trap> {
+        Ok(u128::from(core.reg::<T>(op.src).zero_extend()))
     }
 }
 
