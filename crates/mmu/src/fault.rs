@@ -270,12 +270,15 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             }
             Entry::Table(_) => return Attempt::Smaller,
         }
+        let missing = usize::from(seen.place().height().get() - target.get());
+        if memory.pool.len() < missing {
+            return Attempt::NeedPages(missing);
+        }
         if writable {
             // Before the page can be written; see `dirty_log_get`.
             slot.mark_dirty(gfn);
         }
         let entry = leaf.encode::<F>();
-        let missing = usize::from(seen.place().height().get() - target.get());
         if missing == 0 {
             if table.install(seen, entry).is_err() {
                 return Attempt::Again;
@@ -285,9 +288,6 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                     Some(Self::remember(root.table, seen.place(), fault.gpa, epoch));
             }
         } else {
-            if memory.pool.len() < missing {
-                return Attempt::NeedPages(missing);
-            }
             match table.link_leaf(seen, fault.gpa, target, entry, &mut memory.pool) {
                 Ok(place) if level == Level::L4K => {
                     memory.leaf_table = Some(Self::remember(root.table, &place, fault.gpa, epoch));
