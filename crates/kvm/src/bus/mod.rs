@@ -5,8 +5,6 @@
 mod coalesced;
 mod ioeventfd;
 
-#[cfg(test)]
-use crate::shared::SharedMemory;
 use crate::sync::{Mutex, RwLock};
 use coalesced::{Ring, Zone};
 use ioeventfd::IoEvent;
@@ -153,10 +151,5 @@ impl Buses {
         devices.push((space, device));
         self.count.store(devices.len(), Ordering::Relaxed);
         Ok(())
-    }
-
-    #[cfg(test)]
-    pub(crate) fn with_ring<R>(&self, look: impl FnOnce(&SharedMemory) -> R) -> R {
-        look(self.ring.lock().memory())
     }
 }

@@ -245,7 +245,7 @@ fn system_from_user(sregs: &kvm_sregs) -> SystemRegisters {
             base: sregs.idt.base,
             limit: sregs.idt.limit,
         },
-        cr0: sregs.cr0 | cr0::ET,
+        cr0: sregs.cr0,
         cr2: sregs.cr2,
         cr3: sregs.cr3,
         cr4: sregs.cr4,
