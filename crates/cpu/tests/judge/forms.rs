@@ -1,0 +1,676 @@
+//! Cases for one instruction form: encodings, operands and what they point to.
+//!
+//! Bytes are put together from the form's opcode with random prefixes, ModRM and the rest, and
+//! taken if the decoder finds that form in them: so every way to encode a form turns up. Registers
+//! are then chosen so that each memory operand, explicit or implied, lies where the case wants it.
+
+use crate::native::plain_registers;
+use crate::rng::Rng;
+use crate::state::{CODE, CODE_BYTES, Case, DATA, DATA_BYTES, GS_BASE, NOWHERE, RSP, flag};
+use iced_x86::{
+    Code, Decoder, DecoderOptions, EncodingKind, FlowControl, Instruction, InstructionInfoFactory,
+    MandatoryPrefix, Mnemonic, OpCodeInfo, OpCodeTableKind, OpKind, Register, UsedMemory,
+};
+
+/// Why a form is not put before the judge.
+pub fn excluded(code: Code) -> Option<&'static str> {
+    use Mnemonic as M;
+    let op = code.op_code();
+    match code.mnemonic() {
+        M::Syscall | M::Sysenter | M::Sysret | M::Sysexit | M::Int | M::Int1 | M::Into => {
+            return Some("enters the host's kernel");
+        }
+        M::Rdtsc | M::Rdtscp | M::Rdrand | M::Rdseed | M::Rdpid | M::Cpuid | M::Xgetbv => {
+            return Some("its result is the processor's own");
+        }
+        M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw => {
+            return Some("the host's kernel emulates it for user code");
+        }
+        M::Wrfsbase | M::Rdfsbase | M::Wrgsbase | M::Lfs => {
+            return Some("would take the test's own thread-local storage away");
+        }
+        M::Lar
+        | M::Lsl
+        | M::Verr
+        | M::Verw
+        | M::Lds
+        | M::Les
+        | M::Lss
+        | M::Lgs
+        | M::Iret
+        | M::Iretd
+        | M::Iretq
+        | M::Retf => return Some("depends on the host's descriptors"),
+        M::Fxsave
+        | M::Fxsave64
+        | M::Fxrstor
+        | M::Fxrstor64
+        | M::Fnsave
+        | M::Fnstenv
+        | M::Frstor
+        | M::Fldenv => return Some("its image has fields that vendors fill differently"),
+        M::Monitor | M::Mwait | M::Rdpmc | M::Rdmsr | M::Wrmsr | M::Vmcall | M::Vmmcall => {
+            return Some("depends on what the host lets user code do");
+        }
+        _ => {}
+    }
+    let segment = |operand| {
+        use iced_x86::OpCodeOperandKind as K;
+        let kind = op.try_op_kind(operand).unwrap_or(K::None);
+        matches!(
+            kind,
+            K::seg_reg | K::es | K::cs | K::ss | K::ds | K::fs | K::gs
+        )
+    };
+    if matches!(code.mnemonic(), M::Mov | M::Pop) && segment(0)
+        || matches!(code.mnemonic(), M::Mov | M::Push) && (segment(1) || segment(0))
+    {
+        return Some("depends on the host's descriptors");
+    }
+    if matches!(code.mnemonic(), M::Jmp | M::Call)
+        && op.op_kinds().iter().any(|kind| {
+            use iced_x86::OpCodeOperandKind as K;
+            matches!(kind, K::farbr2_2 | K::farbr4_2)
+        })
+        || code.op_code().instruction_string().contains("m16:")
+    {
+        return Some("depends on the host's descriptors");
+    }
+    let near = matches!(code.mnemonic().condition_free_flow(), Some(()));
+    if near && op.operand_size() == 16 {
+        return Some("vendors differ in what an operand size prefix does to a near branch");
+    }
+    None
+}
+
+trait NearBranch {
+    fn condition_free_flow(self) -> Option<()>;
+}
+
+impl NearBranch for Mnemonic {
+    /// Whether this is a near branch of some kind.
+    fn condition_free_flow(self) -> Option<()> {
+        use Mnemonic as M;
+        matches!(
+            self,
+            M::Jmp
+                | M::Call
+                | M::Ret
+                | M::Jo
+                | M::Jno
+                | M::Jb
+                | M::Jae
+                | M::Je
+                | M::Jne
+                | M::Jbe
+                | M::Ja
+                | M::Js
+                | M::Jns
+                | M::Jp
+                | M::Jnp
+                | M::Jl
+                | M::Jge
+                | M::Jle
+                | M::Jg
+                | M::Loop
+                | M::Loope
+                | M::Loopne
+                | M::Jcxz
+                | M::Jecxz
+                | M::Jrcxz
+        )
+        .then_some(())
+    }
+}
+
+/// Makes cases.
+pub struct Generator {
+    info: InstructionInfoFactory,
+    bitness: u32,
+}
+
+impl Generator {
+    pub fn new(bitness: u32) -> Self {
+        Self {
+            info: InstructionInfoFactory::new(),
+            bitness,
+        }
+    }
+
+    /// Whether a form exists in this mode and has an encoding that is generated.
+    pub fn knows(&self, op: &OpCodeInfo) -> bool {
+        op.is_instruction()
+            && op.encoding() == EncodingKind::Legacy
+            && op.is_available_in_mode(self.bitness)
+            && if self.bitness == 64 {
+                op.long_mode()
+            } else {
+                op.compatibility_mode()
+            }
+    }
+
+    /// One case, or `None` if no encoding was found in a number of attempts.
+    pub fn case(&mut self, code: Code, rng: &mut Rng) -> Option<(Case, Instruction)> {
+        let offset = if rng.chance(4) {
+            0x1000 - rng.below(15)
+        } else {
+            0x800 + rng.below(16)
+        };
+        let rip = CODE + offset;
+        let (mut bytes, mut instruction) = (0..200).find_map(|_| {
+            let bytes = encode(code.op_code(), self.bitness, rng);
+            let instruction = self.decode(&bytes, rip);
+            (instruction.code() == code).then(|| (bytes[..instruction.len()].to_vec(), instruction))
+        })?;
+        self.edit_immediates(&mut bytes, &mut instruction, rng);
+
+        let mut registers = plain_registers();
+        registers.rip = rip;
+        registers.rflags = 2 | rng.next() & flag::ARITHMETIC;
+        if rng.chance(20) {
+            registers.rflags |= flag::DF;
+        }
+        registers.gpr = std::array::from_fn(|_| rng.integer());
+        let floating = is_floating(&instruction);
+        registers.xmm = std::array::from_fn(|_| {
+            if floating {
+                rng.floats()
+            } else {
+                rng.integers()
+            }
+        });
+        if floating && rng.chance(30) {
+            // Rounding, DAZ and FTZ; the sticky flags; now and then an unmasked exception.
+            registers.mxcsr ^= (rng.next() as u32) & 0xe07f;
+            if rng.chance(20) {
+                registers.mxcsr ^= (rng.next() as u32) & 0x1f80;
+            }
+        }
+        let mut case = Case {
+            bytes,
+            bitness: self.bitness,
+            registers,
+            patches: Vec::new(),
+        };
+        self.narrow_registers(&mut case, &instruction, rng);
+        self.place_memory(&mut case, &mut instruction, floating, rng);
+        self.aim_branches(&mut case, &mut instruction, rng);
+        if self.bitness == 32 {
+            for value in &mut case.registers.gpr {
+                *value &= 0xffff_ffff;
+            }
+            for value in &mut case.registers.gpr[8..] {
+                *value = 0;
+            }
+        }
+        Some((case, instruction))
+    }
+
+    fn decode(&self, bytes: &[u8], rip: u64) -> Instruction {
+        Decoder::with_ip(self.bitness, bytes, rip, DecoderOptions::NONE).decode()
+    }
+
+    /// Puts edge values into immediates.
+    fn edit_immediates(&self, bytes: &mut [u8], instruction: &mut Instruction, rng: &mut Rng) {
+        let mut decoder =
+            Decoder::with_ip(self.bitness, bytes, instruction.ip(), DecoderOptions::NONE);
+        let decoded = decoder.decode();
+        let offsets = decoder.get_constant_offsets(&decoded);
+        if !offsets.has_immediate() || decoded.flow_control() != FlowControl::Next {
+            return;
+        }
+        let at = offsets.immediate_offset();
+        let size = offsets.immediate_size();
+        if decoded.mnemonic() == Mnemonic::Enter {
+            let frame = (rng.below(64) as u16).to_le_bytes();
+            bytes[at..at + 2].copy_from_slice(&frame);
+            bytes[at + 2] = rng.below(4) as u8 | if rng.chance(10) { 0x20 } else { 0 };
+        } else if rng.chance(40) {
+            let value = rng.integer().to_le_bytes();
+            bytes[at..at + size.min(8)].copy_from_slice(&value[..size.min(8)]);
+        }
+        let again = self.decode(bytes, instruction.ip());
+        // An immediate never decides the form, but for a few that are part of the opcode.
+        if again.code() == instruction.code() && again.len() == instruction.len() {
+            *instruction = again;
+        } else {
+            let len = instruction.len();
+            *instruction = self.decode(&bytes[..len], instruction.ip());
+        }
+    }
+
+    /// Chooses values that make more of an instruction's cases likely than chance would.
+    fn narrow_registers(&self, case: &mut Case, instruction: &Instruction, rng: &mut Rng) {
+        use Mnemonic as M;
+        let gpr = &mut case.registers.gpr;
+        if instruction.has_rep_prefix() || instruction.has_repne_prefix() || is_loop(instruction) {
+            let junk = if rng.chance(30) { rng.next() << 32 } else { 0 };
+            gpr[1] = rng.below(40) | if is_32bit_count(instruction) { junk } else { 0 };
+        }
+        match instruction.mnemonic() {
+            M::Div | M::Idiv if rng.chance(70) => {
+                // A quotient that fits.
+                let signed = instruction.mnemonic() == M::Idiv && rng.chance(50);
+                if signed {
+                    gpr[0] = (gpr[0] as i64 >> rng.below(64)) as u64;
+                }
+                gpr[2] = if signed {
+                    (gpr[0] as i64 >> 63) as u64
+                } else {
+                    rng.below(3)
+                };
+                if instruction.code() == Code::Div_rm8 || instruction.code() == Code::Idiv_rm8 {
+                    gpr[0] = if signed {
+                        gpr[0] as i8 as u64
+                    } else {
+                        gpr[0] & 0xff | rng.below(8) << 8
+                    };
+                }
+            }
+            M::Bt | M::Bts | M::Btr | M::Btc
+                if instruction.op0_kind() == OpKind::Memory
+                    && instruction.op1_kind() == OpKind::Register =>
+            {
+                let register = instruction.op1_register().full_register();
+                gpr[register.number()] = match rng.below(10) {
+                    0 => rng.integer(),
+                    _ => rng.below(0x7000).wrapping_sub(0x3800),
+                };
+            }
+            M::Cmpxchg if instruction.op0_kind() == OpKind::Register && rng.chance(50) => {
+                gpr[instruction.op0_register().full_register().number()] = gpr[0];
+            }
+            _ => {}
+        }
+    }
+
+    /// Makes each memory operand point where it should.
+    fn place_memory(
+        &mut self,
+        case: &mut Case,
+        instruction: &mut Instruction,
+        floating: bool,
+        rng: &mut Rng,
+    ) {
+        let used: Vec<UsedMemory> = self.info.info(instruction).used_memory().to_vec();
+        let mut fixed: Vec<Register> = Vec::new();
+        for memory in used {
+            let size = match memory.memory_size().size() as u64 {
+                0 => 16,
+                size => size,
+            };
+            let target = self.target(instruction, size, rng);
+            let wide = memory.address_size() == iced_x86::CodeSize::Code64;
+            let mask = if wide { u64::MAX } else { 0xffff_ffff };
+            let segment = match memory.segment() {
+                Register::GS => GS_BASE,
+                _ => 0,
+            };
+            let base = memory.base();
+            let index = memory.index();
+            let aligned = |address: u64| address.wrapping_sub(segment);
+            if base == Register::None || base.is_ip() {
+                self.aim_displacement(case, instruction, &memory, aligned(target), rng);
+            } else {
+                let full = base.full_register();
+                if !fixed.contains(&full) {
+                    let scaled = if index == Register::None {
+                        0
+                    } else {
+                        if index.full_register() == full {
+                            // Both at once: whatever the address is, both sides compute it.
+                            continue;
+                        }
+                        read_register(case, index).wrapping_mul(u64::from(memory.scale()))
+                    };
+                    let bit = bit_offset(case, instruction);
+                    let value = aligned(target)
+                        .wrapping_sub(memory.displacement())
+                        .wrapping_sub(scaled)
+                        .wrapping_sub(bit)
+                        & mask;
+                    let place = &mut case.registers.gpr[full.number()];
+                    // The rest of the register does not matter to a 32-bit address.
+                    *place = if wide || self.bitness == 32 {
+                        value
+                    } else {
+                        *place & !mask | value
+                    };
+                    fixed.push(full);
+                    if index != Register::None {
+                        fixed.push(index.full_register());
+                    }
+                }
+            }
+            self.fill_memory(case, instruction, target, size, floating, rng);
+        }
+        // Registers that are operands and addresses at once were chosen above.
+        if instruction.mnemonic() == Mnemonic::Enter {
+            case.registers.gpr[5] = DATA + 0x1000 + rng.below(0x80) * 8;
+            case.registers.gpr[RSP] = DATA + 0x1000 + rng.below(0x80) * 8;
+        }
+    }
+
+    /// Where a memory operand of `size` bytes should lie.
+    fn target(&self, instruction: &Instruction, size: u64, rng: &mut Rng) -> u64 {
+        let end = DATA + DATA_BYTES as u64;
+        let repeated = instruction.has_rep_prefix() || instruction.has_repne_prefix();
+        let slack = if repeated { 320 } else { 0 };
+        let inside = DATA + slack + rng.below(DATA_BYTES as u64 - size - 2 * slack);
+        match rng.below(100) {
+            0..=9 => DATA + 0x1000 - rng.below(size.max(1) + 1),
+            10 | 11 => end - rng.below(size.max(1) + 1),
+            12 => DATA - rng.below(size.max(1) + 1),
+            13 => NOWHERE + rng.below(0x1000),
+            14 if self.bitness == 64 => 0x8000_0000_0000 + rng.next() % (1 << 50),
+            15..=59 if size >= 16 => inside & !15,
+            15..=39 => inside & !(size.next_power_of_two().max(1) - 1).min(7),
+            _ => inside,
+        }
+    }
+
+    /// Changes the displacement of an operand without base so that it leads to `target`.
+    fn aim_displacement(
+        &self,
+        case: &mut Case,
+        instruction: &mut Instruction,
+        memory: &UsedMemory,
+        target: u64,
+        rng: &mut Rng,
+    ) {
+        let index = memory.index();
+        let scaled = if index == Register::None {
+            0
+        } else {
+            let value = rng.below(0x1000);
+            let full = index.full_register().number();
+            case.registers.gpr[full] = value;
+            value.wrapping_mul(u64::from(memory.scale()))
+        };
+        let mut decoder = Decoder::with_ip(
+            self.bitness,
+            &case.bytes,
+            instruction.ip(),
+            DecoderOptions::NONE,
+        );
+        let decoded = decoder.decode();
+        let offsets = decoder.get_constant_offsets(&decoded);
+        let mut displacement = target.wrapping_sub(scaled);
+        if decoded.is_ip_rel_memory_operand() {
+            displacement = displacement.wrapping_sub(decoded.next_ip());
+        }
+        if offsets.has_displacement() {
+            let (at, size) = (offsets.displacement_offset(), offsets.displacement_size());
+            case.bytes[at..at + size].copy_from_slice(&displacement.to_le_bytes()[..size]);
+            *instruction = self.decode(&case.bytes, instruction.ip());
+        }
+    }
+
+    /// Puts a value worth reading where a memory operand lies.
+    fn fill_memory(
+        &self,
+        case: &mut Case,
+        instruction: &Instruction,
+        target: u64,
+        size: u64,
+        floating: bool,
+        rng: &mut Rng,
+    ) {
+        use Mnemonic as M;
+        let gpr = &case.registers.gpr;
+        let mut value = if floating {
+            rng.floats()
+        } else {
+            rng.integers()
+        };
+        if rng.chance(50) {
+            match instruction.mnemonic() {
+                M::Cmpxchg => value = u128::from(gpr[0]),
+                M::Cmpxchg8b => {
+                    value = u128::from(gpr[0] & 0xffff_ffff) | u128::from(gpr[2] as u32) << 32;
+                }
+                M::Cmpxchg16b => value = u128::from(gpr[0]) | u128::from(gpr[2]) << 64,
+                _ => {}
+            }
+        }
+        if matches!(instruction.mnemonic(), M::Popf | M::Popfd | M::Popfq) {
+            // TF, NT, AC and ID would outlive the case in the host's process.
+            value &= u128::from(flag::ARITHMETIC | flag::DF | 0x7202 & !0x4000);
+        }
+        if instruction.mnemonic() == M::Ldmxcsr {
+            // AMD has one more bit than Intel, bit 17.
+            value &= if rng.chance(80) { 0xffff } else { !(1 << 17) };
+        }
+        patch(case, target, &value.to_le_bytes()[..size.min(16) as usize]);
+    }
+
+    /// Makes branches lead to code, but never into the instruction's own bytes.
+    fn aim_branches(&self, case: &mut Case, instruction: &mut Instruction, rng: &mut Rng) {
+        let rip = instruction.ip();
+        let own = rip..rip + instruction.len() as u64;
+        let target = loop {
+            let target = match rng.below(100) {
+                0..=2 => NOWHERE + rng.below(0x1000),
+                3 if self.bitness == 64
+                    && instruction.flow_control() != FlowControl::ConditionalBranch =>
+                {
+                    0x8000_0000_0000 + rng.below(1 << 40)
+                }
+                _ => CODE + rng.below(CODE_BYTES as u64 - 1),
+            };
+            if !own.contains(&target) {
+                break target;
+            }
+        };
+        match instruction.flow_control() {
+            FlowControl::UnconditionalBranch
+            | FlowControl::ConditionalBranch
+            | FlowControl::Call
+                if matches!(
+                    instruction.op0_kind(),
+                    OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64
+                ) =>
+            {
+                let mut decoder =
+                    Decoder::with_ip(self.bitness, &case.bytes, rip, DecoderOptions::NONE);
+                let decoded = decoder.decode();
+                let offsets = decoder.get_constant_offsets(&decoded);
+                let (at, size) = (offsets.immediate_offset(), offsets.immediate_size());
+                let next = decoded.next_ip();
+                let relative = if size == 1 {
+                    // Anywhere within reach but into the instruction itself.
+                    loop {
+                        let relative = rng.next() as i8 as i64 as u64;
+                        if !own.contains(&next.wrapping_add(relative)) {
+                            break relative;
+                        }
+                    }
+                } else if target >> 31 == 0 {
+                    target.wrapping_sub(next)
+                } else {
+                    NOWHERE.wrapping_sub(next)
+                };
+                case.bytes[at..at + size].copy_from_slice(&relative.to_le_bytes()[..size]);
+                *instruction = self.decode(&case.bytes, rip);
+            }
+            FlowControl::IndirectBranch | FlowControl::IndirectCall => {
+                if instruction.op0_kind() == OpKind::Register {
+                    let full = instruction.op0_register().full_register().number();
+                    case.registers.gpr[full] = target;
+                } else if let Some(at) = self.operand_address(case, instruction) {
+                    patch(case, at, &target.to_le_bytes()[..self.bitness as usize / 8]);
+                }
+            }
+            FlowControl::Return => {
+                let at = case.registers.gpr[RSP];
+                patch(case, at, &target.to_le_bytes()[..self.bitness as usize / 8]);
+            }
+            _ => {}
+        }
+    }
+
+    fn operand_address(&self, case: &Case, instruction: &Instruction) -> Option<u64> {
+        instruction.virtual_address(0, 0, |register, _, _| {
+            Some(match register {
+                Register::GS => GS_BASE,
+                register if register.is_segment_register() => 0,
+                register => read_register(case, register),
+            })
+        })
+    }
+}
+
+/// Puts bytes over the data's pattern, as far as they lie in it.
+fn patch(case: &mut Case, address: u64, bytes: &[u8]) {
+    for (i, byte) in bytes.iter().enumerate() {
+        let offset = address.wrapping_add(i as u64).wrapping_sub(DATA);
+        if offset < DATA_BYTES as u64 {
+            case.patches.push((offset as usize, vec![*byte]));
+        }
+    }
+}
+
+fn read_register(case: &Case, register: Register) -> u64 {
+    let value = case.registers.gpr[register.full_register().number()];
+    match register.size() {
+        1 if matches!(
+            register,
+            Register::AH | Register::CH | Register::DH | Register::BH
+        ) =>
+        {
+            // Never part of an address.
+            value >> 8 & 0xff
+        }
+        1 => value & 0xff,
+        2 => value & 0xffff,
+        4 => value & 0xffff_ffff,
+        _ => value,
+    }
+}
+
+/// What a bit string instruction adds to its operand's address.
+fn bit_offset(case: &Case, instruction: &Instruction) -> u64 {
+    use Mnemonic as M;
+    if !matches!(instruction.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc)
+        || instruction.op1_kind() != OpKind::Register
+    {
+        return 0;
+    }
+    let register = instruction.op1_register();
+    let value = read_register(case, register);
+    let (value, size) = match register.size() {
+        2 => (i64::from(value as i16), 2),
+        4 => (i64::from(value as i32), 4),
+        _ => (value as i64, 8),
+    };
+    ((value >> (size * 8u64).trailing_zeros()) * size as i64) as u64
+}
+
+fn is_loop(instruction: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(
+        instruction.mnemonic(),
+        M::Loop | M::Loope | M::Loopne | M::Jcxz | M::Jecxz | M::Jrcxz
+    )
+}
+
+fn is_32bit_count(instruction: &Instruction) -> bool {
+    let text = format!("{:?}", instruction.code());
+    text.contains("ecx")
+        || (0..instruction.op_count()).any(|i| {
+            matches!(
+                instruction.op_kind(i),
+                OpKind::MemorySegESI | OpKind::MemoryESEDI | OpKind::MemorySegEDI
+            )
+        })
+}
+
+/// Whether an instruction's vector operands are floating-point numbers.
+fn is_floating(instruction: &Instruction) -> bool {
+    let text = format!("{:?}", instruction.mnemonic()).to_lowercase();
+    let integer = text.starts_with('p') || text.starts_with("mov");
+    let ends = ["ss", "sd", "ps", "pd"]
+        .iter()
+        .any(|end| text.ends_with(end));
+    !integer && (ends || text.starts_with("cvt"))
+        || matches!(
+            text.as_str(),
+            "movss" | "movsd" | "movddup" | "movshdup" | "movsldup"
+        )
+}
+
+/// Bytes that may encode a form: an opcode with random company.
+fn encode(op: &OpCodeInfo, bitness: u32, rng: &mut Rng) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(24);
+    let op16 = op.operand_size() == 16;
+    if op.mandatory_prefix() == MandatoryPrefix::P66 || op16 || rng.chance(3) {
+        bytes.push(0x66);
+    }
+    if rng.chance(if op.address_size() == 32 && bitness == 64 {
+        100
+    } else {
+        8
+    }) {
+        // A 16-bit address in 32-bit code can hardly be aimed.
+        if bitness == 64 {
+            bytes.push(0x67);
+        }
+    }
+    if rng.chance(10) {
+        bytes.push(rng.pick(&[0x65, 0x65, 0x2e, 0x36, 0x3e, 0x26]));
+    }
+    match op.mandatory_prefix() {
+        MandatoryPrefix::PF3 => bytes.push(0xf3),
+        MandatoryPrefix::PF2 => bytes.push(0xf2),
+        _ => {
+            if op.can_use_lock_prefix() && rng.chance(30) {
+                bytes.push(0xf0);
+            } else if op.can_use_rep_prefix() && rng.chance(40) {
+                bytes.push(0xf3);
+            } else if op.can_use_repne_prefix() && rng.chance(40) {
+                bytes.push(0xf2);
+            }
+        }
+    }
+    if bitness == 64 {
+        let wide = op.operand_size() == 64 && !op.default_op_size64();
+        if wide || rng.chance(60) {
+            let w = if rng.chance(5) { !wide } else { wide };
+            bytes.push(0x40 | u8::from(w) << 3 | rng.below(8) as u8);
+        }
+    }
+    match op.table() {
+        OpCodeTableKind::T0F => bytes.push(0x0f),
+        OpCodeTableKind::T0F38 => bytes.extend([0x0f, 0x38]),
+        OpCodeTableKind::T0F3A => bytes.extend([0x0f, 0x3a]),
+        _ => {}
+    }
+    let opcode = op.op_code();
+    if op.op_code_len() == 2 {
+        bytes.push((opcode >> 8) as u8);
+    }
+    use iced_x86::OpCodeOperandKind as K;
+    let in_opcode = op.op_kinds().iter().any(|kind| {
+        matches!(
+            kind,
+            K::r8_opcode | K::r16_opcode | K::r32_opcode | K::r64_opcode | K::sti_opcode
+        )
+    });
+    bytes.push(opcode as u8 | if in_opcode { rng.below(8) as u8 } else { 0 });
+    let mut modrm = rng.next() as u8;
+    if rng.chance(35) {
+        modrm |= 0xc0;
+    }
+    if op.is_group() {
+        modrm = modrm & !0x38 | (op.group_index() as u8) << 3;
+    }
+    if op.is_rm_group() {
+        modrm = modrm & !7 | op.rm_group_index() as u8;
+    }
+    bytes.push(modrm);
+    while bytes.len() < 24 {
+        bytes.extend((rng.integer() as u32).to_le_bytes());
+    }
+    bytes.truncate(15);
+    bytes
+}

@@ -1,0 +1,309 @@
+//! Comparing the two sides.
+
+use crate::state::{Case, DATA, Outcome, RSP, Registers, flag};
+use iced_x86::{
+    Code, CpuidFeature, Formatter, Instruction, Mnemonic, NasmFormatter, OpKind, Register,
+};
+use std::fmt::Write as _;
+
+/// Whether this host's processor has the form.
+pub fn host_has(code: Code) -> bool {
+    use CpuidFeature as F;
+    code.cpuid_features().iter().all(|feature| match feature {
+        F::SSE3 => is_x86_feature_detected!("sse3"),
+        F::SSSE3 => is_x86_feature_detected!("ssse3"),
+        F::SSE4_1 => is_x86_feature_detected!("sse4.1"),
+        F::SSE4_2 => is_x86_feature_detected!("sse4.2"),
+        F::SSE4A => is_x86_feature_detected!("sse4a"),
+        F::POPCNT => is_x86_feature_detected!("popcnt"),
+        F::LZCNT => is_x86_feature_detected!("lzcnt"),
+        F::BMI1 => is_x86_feature_detected!("bmi1"),
+        F::BMI2 => is_x86_feature_detected!("bmi2"),
+        F::ADX => is_x86_feature_detected!("adx"),
+        F::MOVBE => is_x86_feature_detected!("movbe"),
+        F::AES => is_x86_feature_detected!("aes"),
+        F::PCLMULQDQ => is_x86_feature_detected!("pclmulqdq"),
+        F::SHA => is_x86_feature_detected!("sha"),
+        F::GFNI => is_x86_feature_detected!("gfni"),
+        F::CMPXCHG16B => is_x86_feature_detected!("cmpxchg16b"),
+        F::MOVDIRI
+        | F::MOVDIR64B
+        | F::ENQCMD
+        | F::WAITPKG
+        | F::CLDEMOTE
+        | F::PTWRITE
+        | F::CET_SS
+        | F::CET_IBT
+        | F::HRESET
+        | F::UINTR
+        | F::SERIALIZE
+        | F::PADLOCK_ACE
+        | F::CYRIX_D3NOW
+        | F::MPX
+        | F::TSXLDTRK => false,
+        _ => true,
+    })
+}
+
+/// How many places a shift or rotation moves, if the instruction is one.
+fn shift_count(case: &Case, instruction: &Instruction) -> Option<(u64, u64)> {
+    use Mnemonic as M;
+    let last = instruction.op_count().checked_sub(1)?;
+    match instruction.mnemonic() {
+        M::Shl
+        | M::Sal
+        | M::Shr
+        | M::Sar
+        | M::Rol
+        | M::Ror
+        | M::Rcl
+        | M::Rcr
+        | M::Shld
+        | M::Shrd => {}
+        _ => return None,
+    }
+    let raw = match instruction.op_kind(last) {
+        OpKind::Register => case.registers.gpr[1],
+        _ => instruction.immediate(last),
+    };
+    let width = match instruction.op0_kind() {
+        OpKind::Register => instruction.op0_register().size() as u64 * 8,
+        _ => instruction.memory_size().size() as u64 * 8,
+    };
+    let masked = if width == 64 { raw & 63 } else { raw & 31 };
+    Some((masked, width))
+}
+
+/// Whether the architecture says what the case does.
+pub fn is_defined(case: &Case, instruction: &Instruction) -> bool {
+    use Mnemonic as M;
+    match instruction.mnemonic() {
+        // A count above the operand's width.
+        M::Shld | M::Shrd => {
+            shift_count(case, instruction).is_none_or(|(count, width)| count <= width)
+        }
+        M::Bswap => instruction.op0_register().size() > 2,
+        // Intel ignores REX.B, which makes AMD's an exchange of RAX and R8.
+        M::Pause => case.bytes[case.bytes.len() - 2] & 0xf1 != 0x41,
+        // Intel ignores the operand size prefix in 64-bit code, AMD truncates RIP.
+        _ if case.bitness == 64 && is_near_branch(instruction) => !has_operand_size_prefix(case),
+        _ => true,
+    }
+}
+
+/// Whether the instruction may set RIP and stays in its segment.
+fn is_near_branch(instruction: &Instruction) -> bool {
+    use iced_x86::FlowControl as F;
+    matches!(
+        instruction.flow_control(),
+        F::UnconditionalBranch
+            | F::ConditionalBranch
+            | F::Call
+            | F::IndirectBranch
+            | F::IndirectCall
+            | F::Return
+    )
+}
+
+fn has_operand_size_prefix(case: &Case) -> bool {
+    case.bytes
+        .iter()
+        .take_while(|byte| {
+            matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3)
+        })
+        .any(|&byte| byte == 0x66)
+}
+
+/// Flags that are not compared after the instruction has completed.
+fn undefined_flags(case: &Case, instruction: &Instruction) -> u64 {
+    use Mnemonic as M;
+    use iced_x86::RflagsBits as R;
+    let bits = instruction.rflags_undefined();
+    let mut undefined = 0;
+    for (theirs, ours) in [
+        (R::OF, flag::OF),
+        (R::SF, flag::SF),
+        (R::ZF, flag::ZF),
+        (R::AF, flag::AF),
+        (R::CF, flag::CF),
+        (R::PF, flag::PF),
+    ] {
+        if bits & theirs != 0 {
+            undefined |= ours;
+        }
+    }
+    if let Some((count, width)) = shift_count(case, instruction) {
+        let rotates = matches!(instruction.mnemonic(), M::Rol | M::Ror | M::Rcl | M::Rcr);
+        match count {
+            0 => undefined = 0,
+            1 => {
+                undefined &= !flag::OF;
+            }
+            _ => {
+                undefined |= flag::OF;
+                // CF holds no bit of the operand when the count exceeds its width.
+                if !rotates
+                    && count > width
+                    && matches!(instruction.mnemonic(), M::Shl | M::Shr | M::Sal)
+                {
+                    undefined |= flag::CF;
+                }
+            }
+        }
+    }
+    undefined
+}
+
+/// Whether the instruction leaves its destination undefined, so that only flags can be compared.
+fn undefined_destination(case: &Case, instruction: &Instruction, expected: &Outcome) -> bool {
+    let _ = case;
+    matches!(instruction.mnemonic(), Mnemonic::Bsf | Mnemonic::Bsr)
+        && expected.registers.rflags & flag::ZF != 0
+}
+
+/// Compares; `None` if both sides agree.
+pub fn compare(
+    case: &Case,
+    instruction: &Instruction,
+    expected: &Outcome,
+    found: &Outcome,
+    (expected_memory, found_memory): (&[u8], &[u8]),
+) -> Option<String> {
+    let mut text = String::new();
+    let names = [
+        "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12",
+        "r13", "r14", "r15",
+    ];
+    let mut differ = |name: &str, host: u128, ours: u128, before: Option<u128>| {
+        if host != ours {
+            let _ = write!(text, "      {name}: host {host:#x}, ours {ours:#x}");
+            if let Some(before) = before {
+                let _ = write!(text, ", before {before:#x}");
+            }
+            text.push('\n');
+        }
+    };
+    let (host, ours, before) = (&expected.registers, &found.registers, &case.registers);
+    let may_fault_first_or_second = matches!(
+        instruction.mnemonic(),
+        Mnemonic::Cmpsb | Mnemonic::Cmpsw | Mnemonic::Cmpsd | Mnemonic::Cmpsq
+    );
+    let memory_fault = |vector| matches!(vector, 12..=14);
+    if may_fault_first_or_second && memory_fault(expected.vector) && memory_fault(found.vector) {
+        // Both operands fault; which of them is reported is the processor's choice.
+        return None;
+    }
+    differ("vector", expected.vector.into(), found.vector.into(), None);
+    differ(
+        "error code",
+        expected.error.into(),
+        found.error.into(),
+        None,
+    );
+    differ("cr2", expected.address.into(), found.address.into(), None);
+    differ(
+        "rip",
+        host.rip.into(),
+        ours.rip.into(),
+        Some(before.rip.into()),
+    );
+    let count = if case.bitness == 64 { 16 } else { 8 };
+    // Some processors change registers as POPA goes and leave them changed when it faults.
+    let popa_fault = expected.vector == 14
+        && matches!(instruction.mnemonic(), Mnemonic::Popa | Mnemonic::Popad);
+    let skip = undefined_destination(case, instruction, expected)
+        .then(|| instruction.op0_register().full_register());
+    for i in 0..count {
+        if popa_fault && i != RSP || skip.is_some_and(|register: Register| register.number() == i) {
+            continue;
+        }
+        differ(
+            names[i],
+            host.gpr[i].into(),
+            ours.gpr[i].into(),
+            Some(before.gpr[i].into()),
+        );
+    }
+    let completed = expected.vector == 3;
+    let partial = !completed
+        && (instruction.has_rep_prefix() || instruction.has_repne_prefix())
+        && instruction.rflags_modified() != 0;
+    let mut mask = flag::COMPARED;
+    if completed {
+        mask &= !undefined_flags(case, instruction);
+    } else if partial {
+        mask &= !flag::ARITHMETIC;
+    }
+    differ(
+        "flags",
+        (host.rflags & mask).into(),
+        (ours.rflags & mask).into(),
+        Some(before.rflags.into()),
+    );
+    for i in 0..16 {
+        differ(
+            &format!("xmm{i}"),
+            host.xmm[i],
+            ours.xmm[i],
+            Some(before.xmm[i]),
+        );
+    }
+    differ(
+        "mxcsr",
+        host.mxcsr.into(),
+        ours.mxcsr.into(),
+        Some(before.mxcsr.into()),
+    );
+    for i in 0..8 {
+        let low = u128::MAX >> 48;
+        differ(
+            &format!("st{i}"),
+            host.st[i] & low,
+            ours.st[i] & low,
+            Some(before.st[i]),
+        );
+    }
+    differ("fcw", host.fcw.into(), ours.fcw.into(), None);
+    differ("fsw", host.fsw.into(), ours.fsw.into(), None);
+    differ("ftw", host.ftw.into(), ours.ftw.into(), None);
+    if expected_memory != found_memory {
+        let different = (0..expected_memory.len())
+            .filter(|&i| expected_memory[i] != found_memory[i])
+            .collect::<Vec<_>>();
+        for &i in different.iter().take(8) {
+            differ(
+                &format!("[{:#x}]", DATA + i as u64),
+                expected_memory[i].into(),
+                found_memory[i].into(),
+                None,
+            );
+        }
+    }
+    (!text.is_empty()).then_some(text)
+}
+
+/// A case in words.
+pub fn describe(
+    case: &Case,
+    instruction: &Instruction,
+    expected: &Outcome,
+    difference: &str,
+) -> String {
+    let mut disassembly = String::new();
+    NasmFormatter::new().format(instruction, &mut disassembly);
+    let mut text = format!("   {:#x}: {disassembly}  [", case.registers.rip);
+    for (i, byte) in case.bytes.iter().enumerate() {
+        let _ = write!(text, "{}{byte:02x}", if i == 0 { "" } else { " " });
+    }
+    let _ = write!(text, "] host ended with vector {}", expected.vector);
+    let Registers {
+        gpr, rflags, mxcsr, ..
+    } = &case.registers;
+    let _ = write!(text, "; flags {rflags:#x} mxcsr {mxcsr:#x}\n     ");
+    for value in gpr {
+        let _ = write!(text, " {value:#x}");
+    }
+    text.push('\n');
+    text.push_str(difference.trim_end());
+    text
+}
