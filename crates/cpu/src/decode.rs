@@ -18,10 +18,10 @@ const BLOCK_OPS: usize = 48;
 /// The longest instruction.
 const INSTRUCTION_BYTES: usize = 15;
 
-/// The handler for an instruction.
-fn select(form: &Form) -> Handler {
+/// The handler for an instruction, if this processor executes it.
+fn select(form: &Form) -> Option<Handler> {
     if form.mnemonic == Mnemonic::INVALID {
-        return invalid;
+        return Some(invalid);
     }
     integer::select(form)
         .or_else(|| control::select(form))
@@ -35,7 +35,17 @@ fn select(form: &Form) -> Handler {
         .or_else(|| events::select(form))
         .or_else(|| system::select(form))
         .or_else(|| sse::select(form))
-        .unwrap_or(unknown)
+}
+
+/// Whether the processor executes an instruction in code of 16, 32 or 64 bits at CPL 3, with SSE
+/// enabled. If not, running it ends in [`Exit::Unknown`].
+pub fn executes(instruction: &Instruction, bitness: u32) -> bool {
+    let mode = Mode::default()
+        .with(Mode::CODE64, bitness == 64)
+        .with(Mode::CODE32, bitness == 32)
+        .with(Mode::STACK32, bitness == 32)
+        .with(Mode::USER.with(Mode::SSE, true).with(Mode::PROTECTED, true), true);
+    select(&Form::new(*instruction, mode)).is_some()
 }
 
 /// An encoding that no processor executes.
@@ -169,7 +179,7 @@ impl Core {
         let form = Form::new(*instruction, self.mode);
         let mut op = form.operands(ip, unknown);
         io::note_port(&form, &mut op);
-        op.run = select(&form);
+        op.run = select(&form).unwrap_or(unknown);
         op
     }
 

@@ -4,7 +4,7 @@
 use crate::core_state::{seg, slot};
 use crate::mode::Mode;
 use crate::op::{HIGH_BYTE, Op};
-use iced_x86::{ConditionCode, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, ConditionCode, Instruction, Mnemonic, OpKind, Register};
 
 /// What an operand is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -360,7 +360,12 @@ impl Form {
                     };
                     immediates += 1;
                 }
-                Kind::Near => op.imm = instruction.near_branch_target(),
+                Kind::Near => {
+                    op.imm = instruction.near_branch_target();
+                    if let Some(bits) = count_bits(instruction.code()) {
+                        op.address_bits = bits;
+                    }
+                }
                 Kind::Far => {
                     let offset = if instruction.op_kind(operand) == OpKind::FarBranch16 {
                         u64::from(instruction.far_branch16())
@@ -375,6 +380,42 @@ impl Form {
         }
         op
     }
+}
+
+/// Bits of the count register of LOOPcc and JCXZ, which the address size decides.
+fn count_bits(code: Code) -> Option<u8> {
+    use Code as C;
+    Some(match code {
+        C::Loop_rel8_16_CX
+        | C::Loop_rel8_32_CX
+        | C::Loope_rel8_16_CX
+        | C::Loope_rel8_32_CX
+        | C::Loopne_rel8_16_CX
+        | C::Loopne_rel8_32_CX
+        | C::Jcxz_rel8_16
+        | C::Jcxz_rel8_32 => 16,
+        C::Loop_rel8_16_ECX
+        | C::Loop_rel8_32_ECX
+        | C::Loop_rel8_64_ECX
+        | C::Loope_rel8_16_ECX
+        | C::Loope_rel8_32_ECX
+        | C::Loope_rel8_64_ECX
+        | C::Loopne_rel8_16_ECX
+        | C::Loopne_rel8_32_ECX
+        | C::Loopne_rel8_64_ECX
+        | C::Jecxz_rel8_16
+        | C::Jecxz_rel8_32
+        | C::Jecxz_rel8_64 => 32,
+        C::Loop_rel8_16_RCX
+        | C::Loop_rel8_64_RCX
+        | C::Loope_rel8_16_RCX
+        | C::Loope_rel8_64_RCX
+        | C::Loopne_rel8_16_RCX
+        | C::Loopne_rel8_64_RCX
+        | C::Jrcxz_rel8_16
+        | C::Jrcxz_rel8_64 => 64,
+        _ => return None,
+    })
 }
 
 impl Op {

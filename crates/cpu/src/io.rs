@@ -174,12 +174,12 @@ fn output<T: Int>(core: &mut Core, op: &Op) -> Result<(), Trap> {
 }
 
 fn input_string<T: Int>(core: &mut Core, op: &Op) -> Result<(), Trap> {
+    let port: u16 = core.reg(gpr::RDX as u8);
+    core.check_io(port, T::BYTES)?;
     if op.repeat != 0 && core.repeat_count(op) == 0 {
         core.pending = Pending::None;
         return Ok(());
     }
-    let port: u16 = core.reg(gpr::RDX as u8);
-    core.check_io(port, T::BYTES)?;
     if let Pending::InReady { count, .. } = core.pending {
         consume_input::<T>(core, op, u64::from(count))?;
         core.pending = Pending::None;
@@ -222,12 +222,12 @@ fn consume_input<T: Int>(core: &mut Core, op: &Op, answered: u64) -> Result<(), 
 }
 
 fn output_string<T: Int>(core: &mut Core, op: &Op) -> Result<(), Trap> {
+    let port: u16 = core.reg(gpr::RDX as u8);
+    core.check_io(port, T::BYTES)?;
     if op.repeat != 0 && core.repeat_count(op) == 0 {
         core.pending = Pending::None;
         return Ok(());
     }
-    let port: u16 = core.reg(gpr::RDX as u8);
-    core.check_io(port, T::BYTES)?;
     let step = core.string_step(T::BYTES);
     if let Pending::Out { count, .. } = core.pending {
         core.pending = Pending::None;

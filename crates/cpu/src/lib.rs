@@ -51,6 +51,7 @@ mod trap;
 
 pub use barrier::{heavy_barrier, light_barrier};
 pub use cpu::Cpu;
+pub use decode::executes;
 pub use line::Line;
 pub use machine::{Machine, MachineConfig, SecondStageKind};
 pub use memory::access::fixup;

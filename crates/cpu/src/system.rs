@@ -1048,9 +1048,14 @@ fn xsetbv(core: &mut Core, _op: &Op) -> Result<(), Trap> {
 }
 
 fn bound<T: Int>(core: &mut Core, op: &Op) -> Result<(), Trap> {
-    let linear = Segmented::for_read(core, op, 2 * T::BYTES)?;
+    // The bounds are two operands: the lower one is read before the address of the upper one is
+    // checked against the segment.
+    let linear = Segmented::for_read(core, op, T::BYTES)?;
     let low = core.load::<T>(linear)?.sign_extend() as i64;
-    let high = core.load::<T>(linear.wrapping_add(T::BYTES))?.sign_extend() as i64;
+    let mut upper = *op;
+    upper.disp = upper.disp.wrapping_add(T::BYTES);
+    let linear = Segmented::for_read(core, &upper, T::BYTES)?;
+    let high = core.load::<T>(linear)?.sign_extend() as i64;
     let index = core.reg::<T>(op.dst).sign_extend() as i64;
     if index < low || index > high {
         return Err(core.raise(Exception {

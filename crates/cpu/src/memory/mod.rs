@@ -19,7 +19,6 @@ mod tests;
 mod tlb;
 
 pub(crate) use access::Datum;
-pub(crate) use fetch::CodeBytes;
 pub use stage2::SecondStage;
 
 use crate::core_state::Core;
