@@ -3,6 +3,7 @@
 use super::float::{float_handler, float_immediate};
 use super::host::{self, Ordering};
 use super::operand::{Source, by_source};
+use super::precision;
 use crate::core_state::Core;
 use crate::form::Form;
 use crate::op::{Handler, Op};
@@ -16,6 +17,7 @@ macro_rules! ordering {
         by_source!($form, $memory, S => (float_handler!(
             S,
             |a, b, _| $compare(a, b),
+            precision::none,
             |core: &mut Core, _: &Op, outcome| core.flags.set_arithmetic(image(outcome))
         )))
     };

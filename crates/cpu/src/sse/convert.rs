@@ -3,6 +3,7 @@
 use super::float::{float, float_handler, float_unary};
 use super::host;
 use super::operand::{General, Low32, Low64, by_source, unary};
+use super::precision::{Step, doubles, none};
 use crate::core_state::Core;
 use crate::form::{Form, Kind, by_address};
 use crate::op::{Handler, Op};
@@ -15,11 +16,13 @@ macro_rules! to_integer {
             8 => by_source!($form, $memory, S => (float_handler!(
                 S,
                 |_, b, _| $wide(b),
+                none,
                 |core: &mut Core, op: &Op, value: u64| core.set_reg(op.dst, value)
             ))),
             _ => by_source!($form, $memory, S => (float_handler!(
                 S,
                 |_, b, _| $narrow(b),
+                none,
                 |core: &mut Core, op: &Op, value: u32| core.set_reg(op.dst, value)
             ))),
         }
@@ -41,6 +44,7 @@ macro_rules! from_integer {
         float_handler!(
             $s,
             |a, b, _| $value(a, b as $t),
+            none,
             |core: &mut Core, op: &Op, result: u128| core.set_xmm(op.dst, result)
         )
     };
@@ -50,7 +54,11 @@ macro_rules! from_integer {
 pub(super) fn select(form: &Form) -> Option<Handler> {
     Some(match form.mnemonic {
         M::Cvtps2pd => float_unary!(form, Low64, host::cvtps2pd),
-        M::Cvtpd2ps => float_unary!(form, Aligned, host::cvtpd2ps),
+        M::Cvtpd2ps => float_unary!(form, Aligned, host::cvtpd2ps, |_, b| doubles(
+            [Step::Narrow; 2],
+            b,
+            b
+        )),
         M::Cvtdq2ps => float_unary!(form, Aligned, host::cvtdq2ps),
         // Every 32-bit integer is a double: nothing to round, nothing to report.
         M::Cvtdq2pd => unary!(form, Low64, host::cvtdq2pd),
@@ -59,7 +67,11 @@ pub(super) fn select(form: &Form) -> Option<Handler> {
         M::Cvtpd2dq => float_unary!(form, Aligned, host::cvtpd2dq),
         M::Cvttpd2dq => float_unary!(form, Aligned, host::cvttpd2dq),
         M::Cvtss2sd => float!(form, Low32, host::cvtss2sd),
-        M::Cvtsd2ss => float!(form, Low64, host::cvtsd2ss),
+        M::Cvtsd2ss => float!(form, Low64, host::cvtsd2ss, |_, b| doubles(
+            [Step::Narrow],
+            b,
+            b
+        )),
         M::Cvtss2si => to_integer!(form, Low32, host::cvtss2si_32, host::cvtss2si_64),
         M::Cvttss2si => to_integer!(form, Low32, host::cvttss2si_32, host::cvttss2si_64),
         M::Cvtsd2si => to_integer!(form, Low64, host::cvtsd2si_32, host::cvtsd2si_64),

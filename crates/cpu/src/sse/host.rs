@@ -16,6 +16,7 @@
 #![expect(unsafe_code)]
 // UNSAFETY: instructions that the compiler must not replace, move or fold are inline assembly.
 
+use super::precision::Step;
 use bytemuck::must_cast;
 use core::arch::asm;
 use core::arch::x86_64::__m128i;
@@ -413,6 +414,49 @@ macro_rules! ordering {
     )* };
 }
 ordering! { comiss comisd ucomiss ucomisd }
+
+/// Whether the result of a step on two numbers in the x87 format is inexact in the precision of a
+/// single or a double. `rounding` is the rounding control, which both units encode alike.
+pub(super) fn x87_is_inexact(step: Step, a: u128, b: u128, single: bool, rounding: u32) -> bool {
+    // Every exception masked.
+    let control = 0x3f | if single { 0 } else { 2 << 8 } | (rounding as u16 & 3) << 10;
+    let mut environment = [0u8; 28];
+    let status: u16;
+    macro_rules! compute {
+        ($instruction:literal) => {
+            // SAFETY: writes 28 bytes to a local array and reads local variables; the x87 unit's
+            // stack is empty between Rust functions, and its environment is put back.
+            unsafe {
+                asm!(
+                    "fnstenv [{environment}]",
+                    "fldcw [{control}]",
+                    "fnclex",
+                    "fld tbyte ptr [{a}]",
+                    "fld tbyte ptr [{b}]",
+                    $instruction,
+                    "fnstsw ax",
+                    "fstp st(0)",
+                    "fldenv [{environment}]",
+                    environment = in(reg) &raw mut environment,
+                    control = in(reg) &raw const control,
+                    a = in(reg) &raw const a,
+                    b = in(reg) &raw const b,
+                    out("ax") status,
+                    out("st(0)") _, out("st(1)") _, out("st(2)") _, out("st(3)") _,
+                    out("st(4)") _, out("st(5)") _, out("st(6)") _, out("st(7)") _,
+                    options(nostack)
+                );
+            }
+        };
+    }
+    match step {
+        Step::Add => compute!("faddp st(1), st"),
+        Step::Subtract => compute!("fsubp st(1), st"),
+        Step::Multiply | Step::Narrow => compute!("fmulp st(1), st"),
+        Step::Divide => compute!("fdivp st(1), st"),
+    }
+    status & 1 << 5 != 0
+}
 
 /// This thread's MXCSR.
 #[inline(always)]

@@ -18,6 +18,7 @@ mod integer;
 mod moves;
 mod mxcsr;
 mod operand;
+mod precision;
 mod shifts;
 mod shuffle;
 mod strings;

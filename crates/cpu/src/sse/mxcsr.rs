@@ -11,6 +11,7 @@
 //! out from the flags that the instruction leaves (SDM Vol. 1, "SIMD Floating-Point Exceptions").
 
 use super::host;
+use super::precision::Roundings;
 use crate::core_state::Core;
 use crate::state::cr4;
 use crate::trap::{Exception, Trap, vector};
@@ -22,9 +23,13 @@ const BEFORE: u32 = INVALID | DENORMAL | DIVIDE;
 const INVALID: u32 = 1 << 0;
 const DENORMAL: u32 = 1 << 1;
 const DIVIDE: u32 = 1 << 2;
+const OVERFLOW: u32 = 1 << 3;
 const UNDERFLOW: u32 = 1 << 4;
+const PRECISION: u32 = 1 << 5;
 /// From an exception's flag to its mask.
 const MASK_SHIFT: u32 = 7;
+/// Rounding control, two bits.
+const ROUNDING_SHIFT: u32 = 13;
 /// Flush to zero.
 const FLUSH: u32 = 1 << 15;
 /// The control bits after reset.
@@ -63,8 +68,12 @@ impl Core {
     /// Computes under any MXCSR that the guest may have. On an exception that the guest has
     /// unmasked, its flags are set and nothing else has happened.
     ///
-    /// `compute` is called once or twice.
-    pub(super) fn float_exact<R>(&mut self, compute: &dyn Fn() -> R) -> Result<R, Trap> {
+    /// `compute` is called once or twice; `roundings` says what it rounds.
+    pub(super) fn float_exact<R>(
+        &mut self,
+        compute: &dyn Fn() -> R,
+        roundings: &dyn Fn() -> Roundings,
+    ) -> Result<R, Trap> {
         if self.float.live || self.enter_float() {
             return Ok(compute());
         }
@@ -75,25 +84,16 @@ impl Core {
             // Flushing to zero is the masked response to underflow.
             control &= !FLUSH;
         }
-        let host = host::mxcsr();
-        host::set_mxcsr(control);
-        let result = compute();
-        let mut raised = host::mxcsr() & FLAGS;
-        if unmasked & UNDERFLOW != 0 && raised & UNDERFLOW == 0 {
-            // A tiny result that is exact underflows only if the exception is unmasked. Flushing
-            // to zero shows whether there is one.
-            host::set_mxcsr(control | FLUSH);
-            compute();
-            raised |= host::mxcsr() & UNDERFLOW;
-        }
-        host::restore_mxcsr(host);
+        let (result, raised) = observe(control, unmasked, compute);
         if raised & unmasked == 0 {
             self.vectors.mxcsr |= raised;
             return Ok(result);
         }
-        // An unmasked exception in an operand keeps everything from being computed.
         let reported = if raised & unmasked & BEFORE != 0 {
+            // An unmasked exception in an operand keeps everything from being computed.
             raised & BEFORE
+        } else if raised & unmasked & (OVERFLOW | UNDERFLOW) != 0 {
+            raised & !PRECISION | precision_flag(control, unmasked, &roundings())
         } else {
             raised
         };
@@ -108,6 +108,11 @@ impl Core {
             error_code: None,
             payload: None,
         }))
+    }
+
+    /// Whether the guest has unmasked any floating-point exception.
+    pub(super) fn has_unmasked(&self) -> bool {
+        self.vectors.mxcsr & DEFAULT != DEFAULT
     }
 
     /// The guest's MXCSR.
@@ -134,6 +139,37 @@ impl Core {
             self.float.live = false;
         }
     }
+}
+
+/// Computes with the given control bits, and tells which exceptions that finds. MXCSR is as before
+/// afterwards.
+fn observe<R>(control: u32, unmasked: u32, compute: &dyn Fn() -> R) -> (R, u32) {
+    let host = host::mxcsr();
+    host::set_mxcsr(control);
+    let result = compute();
+    let mut raised = host::mxcsr() & FLAGS;
+    if unmasked & UNDERFLOW != 0 && raised & UNDERFLOW == 0 {
+        // A tiny result that is exact underflows only if the exception is unmasked. Flushing to
+        // zero shows whether there is one.
+        host::set_mxcsr(control | FLUSH);
+        compute();
+        raised |= host::mxcsr() & UNDERFLOW;
+    }
+    host::restore_mxcsr(host);
+    (result, raised)
+}
+
+/// The precision flag of an instruction in which a result overflows or underflows unmasked.
+fn precision_flag(control: u32, unmasked: u32, roundings: &Roundings) -> u32 {
+    let inexact = roundings.iter().any(|rounding| {
+        let ((), raised) = observe(control, unmasked, &|| rounding.execute());
+        if raised & unmasked & (OVERFLOW | UNDERFLOW) != 0 {
+            rounding.is_inexact(control >> ROUNDING_SHIFT)
+        } else {
+            raised & PRECISION != 0
+        }
+    });
+    if inexact { PRECISION } else { 0 }
 }
 
 /// Whether LDMXCSR raises #GP for a value.
