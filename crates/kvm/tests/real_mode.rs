@@ -235,6 +235,7 @@ fn an_ioeventfd_takes_its_writes() {
     assert_eq!(guest.vm.set(KVM_IOEVENTFD, event), Ok(0));
     guest.set_regs(|regs| regs.rax = 6);
     assert_eq!(guest.run(), Ok(IO));
+    assert_eq!(guest.run(), Ok(HLT));
     guest.start();
     guest.set_regs(|regs| regs.rax = 7);
     assert_eq!(guest.run(), Ok(HLT));

@@ -140,35 +140,37 @@ impl Vcpu {
         }
     }
 
-    /// Runs the guest until the program has to know: the exit reason.
+    /// Runs the guest until the program has to know: the exit reason. With `immediate_exit` set it
+    /// only completes the instruction that waits for an answer, if there is one.
     fn enter_guest(&self, state: &mut VcpuState) -> Result<u32, Errno> {
         let page = &self.core.run;
-        let immediate = page.immediate_exit();
-        if immediate {
+        if page.immediate_exit() {
             if !state.cpu.has_pending_completion() {
                 return Err(Errno::INTR);
             }
-        } else {
-            page.set_exit_reason(KVM_EXIT_UNKNOWN);
-            state
-                .cpu
-                .request_interrupt_window(page.request_interrupt_window());
+            // The processor completes what waits before it looks at a kick.
+            self.core.line.kick();
+            let result = self.run_guest(state, true);
+            self.core.line.cancel_kick();
+            return result;
         }
+        page.set_exit_reason(KVM_EXIT_UNKNOWN);
+        state
+            .cpu
+            .request_interrupt_window(page.request_interrupt_window());
+        self.run_guest(state, false)
+    }
+
+    fn run_guest(&self, state: &mut VcpuState, immediate: bool) -> Result<u32, Errno> {
+        let page = &self.core.run;
         state.has_run = true;
         loop {
-            if immediate {
-                // Completes what waits, and then comes back as kicked.
-                self.core.line.kick();
-            }
             self.load_root(state)?;
             let exit = state.cpu.run();
             self.core.counters.exits.increment();
             let next = match exit {
                 Exit::Kicked if immediate => return Err(Errno::INTR),
-                Exit::Kicked if self.core.signalled.load(Ordering::Relaxed) => {
-                    return Err(self.interrupted());
-                }
-                Exit::Kicked => Next::Enter,
+                Exit::Kicked => self.kicked()?,
                 Exit::Io {
                     port,
                     size,
@@ -222,6 +224,16 @@ impl Vcpu {
                 return Ok(reason);
             }
         }
+    }
+
+    /// Another thread or a signal handler wanted the vCPU outside the guest.
+    fn kicked(&self) -> Result<Next, Errno> {
+        // In this order, so that a signal that comes in between kicks again.
+        self.core.line.cancel_kick();
+        if self.core.signalled.load(Ordering::Relaxed) {
+            return Err(self.interrupted());
+        }
+        Ok(Next::Enter)
     }
 
     /// The run was interrupted by a signal.
