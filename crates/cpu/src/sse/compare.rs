@@ -41,9 +41,9 @@ pub(super) fn select(form: &Form) -> Option<Handler> {
 /// The arithmetic flags after a scalar comparison: OF, SF and AF are clear.
 #[inline(always)]
 fn image(outcome: Ordering) -> u64 {
-    u64::from(outcome.zf) * rflags::ZF
-        | u64::from(outcome.pf) * rflags::PF
-        | u64::from(outcome.cf) * rflags::CF
+    (u64::from(outcome.zf) * rflags::ZF)
+        | (u64::from(outcome.pf) * rflags::PF)
+        | (u64::from(outcome.cf) * rflags::CF)
 }
 
 /// PTEST: ZF if no bit is common to both, CF if the source has no bit that the destination lacks;

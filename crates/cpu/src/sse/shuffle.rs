@@ -208,14 +208,14 @@ fn insert_single<S: Source>(core: &mut Core, op: &Op) -> Result<(), Trap> {
 
 /// `a` with one lane of `T`'s width replaced. The lane's number is taken modulo the number of lanes.
 fn insert<T: Int>(a: u128, value: T, lane: u8) -> u128 {
-    let shift = u32::from(lane) * T::BITS & 127;
+    let shift = (u32::from(lane) * T::BITS) & 127;
     let mask = u128::from(u64::MAX >> (64 - T::BITS));
     a & !(mask << shift) | u128::from(value.zero_extend()) << shift
 }
 
 /// One lane of `T`'s width.
 fn extract<T: Int>(b: u128, lane: u8) -> T {
-    T::truncate((b >> (u32::from(lane) * T::BITS & 127)) as u64)
+    T::truncate((b >> ((u32::from(lane) * T::BITS) & 127)) as u64)
 }
 
 fn select_insert<T: Int>(form: &Form) -> Option<Handler> {

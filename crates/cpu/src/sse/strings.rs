@@ -154,10 +154,10 @@ fn compare_with_flags<S: Source, L: Lengths>(
     let control = Control(op.imm as u8);
     let lengths = L::lengths(core, control, a, b);
     let found = compare(control, a, b, lengths);
-    let image = u64::from(found != 0) * rflags::CF
-        | u64::from(lengths.1 < control.count()) * rflags::ZF
-        | u64::from(lengths.0 < control.count()) * rflags::SF
-        | u64::from(found & 1 != 0) * rflags::OF;
+    let image = (u64::from(found != 0) * rflags::CF)
+        | (u64::from(lengths.1 < control.count()) * rflags::ZF)
+        | (u64::from(lengths.0 < control.count()) * rflags::SF)
+        | (u64::from(found & 1 != 0) * rflags::OF);
     core.flags.set_arithmetic(image);
     Ok((control, found))
 }
