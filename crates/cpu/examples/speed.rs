@@ -5,7 +5,6 @@
 // UNSAFETY: builds a guest's memory.
 
 use std::sync::Arc;
-use std::time::Instant;
 use twofold_arch::ept::Eptp;
 use twofold_arch::{Hpa, Level};
 use twofold_cpu::{
@@ -57,14 +56,26 @@ fn main() {
         ),
     ];
     for (name, code) in kernels {
-        let rounds = if name == "string" { 100_000 } else { 30_000_000 };
-        let (instructions, nanoseconds) = measure(code, rounds);
+        let rounds = if name == "string" { 100_000 } else { 10_000_000 };
+        // The best of three.
+        let (instructions, nanoseconds) = (0..3)
+            .map(|_| measure(code, rounds))
+            .min_by(|a, b| a.1.total_cmp(&b.1))
+            .unwrap_or_default();
         println!(
             "{name:8} {:8.1} M instructions/s, {:6.2} ns a round",
             instructions as f64 * 1e3 / nanoseconds,
             nanoseconds / rounds as f64
         );
     }
+}
+
+/// CPU time of this thread: what others do on a shared machine counts less.
+fn thread_nanoseconds() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes to a local.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
 fn measure(code: &[u8], rounds: u64) -> (u64, f64) {
@@ -132,11 +143,11 @@ fn measure(code: &[u8], rounds: u64) -> (u64, f64) {
     registers.gpr[15] = rounds;
     cpu.set_registers(&registers);
     let before = cpu.counters().instructions;
-    let start = Instant::now();
+    let start = thread_nanoseconds();
     let exit = cpu.run();
-    let elapsed = start.elapsed();
+    let elapsed = thread_nanoseconds() - start;
     assert!(matches!(exit, Exit::Halt), "{exit:?} at {:#x}", cpu.registers().rip);
     // SAFETY: the processor is dropped with this frame and runs no more.
     unsafe { libc::munmap(arena, length) };
-    (cpu.counters().instructions - before, elapsed.as_nanos() as f64)
+    (cpu.counters().instructions - before, elapsed as f64)
 }

@@ -1,6 +1,7 @@
 //! Decoded blocks and where to find them.
 
 use crate::op::Op;
+use std::cell::Cell;
 
 /// A run of instructions within one page that is entered at its first one.
 pub(crate) struct Block {
@@ -14,8 +15,24 @@ pub(crate) struct Block {
     pub(crate) next_ip: u64,
     /// The instructions. Never empty, except in the block that matches nothing.
     pub(crate) ops: Box<[Op]>,
+    /// How many instructions: more than operations if the last two were fused.
+    pub(crate) instructions: u32,
+    /// Blocks that this one was followed by: where it went on behind itself, and where it
+    /// branched to.
+    pub(crate) links: [Cell<Link>; 2],
     /// The bytes that they were decoded from.
     pub(crate) bytes: Box<[u8]>,
+}
+
+/// A block that followed another in the same context.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Link {
+    /// Its first instruction.
+    ip: u64,
+    /// The epoch in which it did. In this epoch neither block can have changed.
+    epoch: u64,
+    /// Its index.
+    index: u32,
 }
 
 /// The decoded blocks of one processor: a table from address to block.
@@ -48,6 +65,25 @@ impl BlockCache {
         (block.ip == ip && block.context == context && block.epoch == epoch).then_some(block)
     }
 
+    /// The block that `from` was followed by when it went on at `ip` before, in this epoch and
+    /// without a change of context.
+    #[inline(always)]
+    pub(crate) fn follow(&self, from: &Block, ip: u64, epoch: u64) -> Option<&Block> {
+        let link = from.links[usize::from(ip != from.next_ip)].get();
+        if link.ip == ip && link.epoch == epoch {
+            self.blocks.get(link.index as usize)
+        } else {
+            None
+        }
+    }
+
+    /// Notes that `from` was followed by the block at `ip`.
+    pub(crate) fn link(&self, from: &Block, context: u64, ip: u64, epoch: u64) {
+        if let Some(index) = self.table.get(hash(context, ip)) {
+            from.links[usize::from(ip != from.next_ip)].set(Link { ip, epoch, index: *index });
+        }
+    }
+
     /// The block for an address, if it is known, whether validated or not.
     pub(crate) fn find_stale(&mut self, context: u64, ip: u64) -> Option<&mut Block> {
         let index = *self.table.get(hash(context, ip))?;
@@ -55,7 +91,8 @@ impl BlockCache {
         (block.ip == ip && block.context == context).then_some(block)
     }
 
-    /// Adds a block, in place of the one with the same hash.
+    /// Adds a block. The one with the same hash is not found any more, but stays until all are
+    /// dropped, since others may be linked to it.
     pub(crate) fn insert(&mut self, block: Block) {
         if self.table.is_empty() {
             self.table = vec![0; 1 << TABLE_BITS];
@@ -65,25 +102,21 @@ impl BlockCache {
             self.blocks.clear();
         }
         if self.blocks.is_empty() {
+            // The block with index 0 matches nothing: no context has all bits set.
             self.blocks.push(Block {
                 context: u64::MAX,
                 ip: 0,
                 epoch: 0,
                 next_ip: 0,
                 ops: Box::default(),
+                instructions: 0,
+                links: Default::default(),
                 bytes: Box::default(),
             });
         }
-        let slot = hash(block.context, block.ip);
-        let Some(index) = self.table.get_mut(slot) else {
-            return;
-        };
-        match self.blocks.get_mut(*index as usize) {
-            Some(old) if *index != 0 => *old = block,
-            _ => {
-                *index = self.blocks.len() as u32;
-                self.blocks.push(block);
-            }
+        if let Some(index) = self.table.get_mut(hash(block.context, block.ip)) {
+            *index = self.blocks.len() as u32;
+            self.blocks.push(block);
         }
     }
 }

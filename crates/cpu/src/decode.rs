@@ -3,6 +3,7 @@
 use crate::blocks::Block;
 use crate::core_state::{Core, seg};
 use crate::form::Form;
+use crate::fuse::fuse;
 use crate::mode::Mode;
 use crate::op::{Handler, Op};
 use crate::trap::{Exit, Trap, UnknownInstruction};
@@ -80,6 +81,13 @@ pub(crate) fn context_of(mode: Mode, cs_base: u64) -> u64 {
     mode.bits() << 32 | base
 }
 
+fn operation(form: &Form, ip: u64) -> Op {
+    let mut op = form.operands(ip, unknown);
+    io::note_port(form, &mut op);
+    op.run = select(form).unwrap_or(unknown);
+    op
+}
+
 impl Core {
     /// The linear address of an instruction at `ip`.
     pub(crate) fn code_linear(&self, ip: u64) -> u64 {
@@ -133,6 +141,7 @@ impl Core {
                     block.next_ip = first.next_ip();
                     block.bytes = buffer[..usize::from(first.len)].into();
                     block.ops = Box::new([first]);
+                    block.instructions = 1;
                 }
                 Ok(block)
             }
@@ -149,7 +158,9 @@ impl Core {
             BLOCK_OPS
         };
         let mut decoder = Decoder::with_ip(self.mode.bitness(), bytes, ip, DecoderOptions::NONE);
-        let mut ops = Vec::with_capacity(most);
+        let mut ops: Vec<Op> = Vec::with_capacity(most);
+        let mut previous: Option<Form> = None;
+        let mut instructions = 0;
         let mut used = 0;
         let mut instruction = Instruction::default();
         while ops.len() < most && used < bytes.len() {
@@ -158,7 +169,18 @@ impl Core {
                 break;
             }
             let at = ip.wrapping_add(used as u64);
-            ops.push(self.operation(&instruction, at));
+            let form = Form::new(instruction, self.mode);
+            let op = operation(&form, at);
+            let pair = match (&previous, ops.last()) {
+                (Some(first), Some(first_op)) => fuse(first, first_op, &form, &op),
+                _ => None,
+            };
+            match (pair, ops.last_mut()) {
+                (Some(pair), Some(last)) => *last = pair,
+                _ => ops.push(op),
+            }
+            previous = Some(form);
+            instructions += 1;
             used += instruction.len();
             if ends_block(&instruction) {
                 break;
@@ -171,16 +193,10 @@ impl Core {
             epoch: self.epoch,
             next_ip: ip.wrapping_add(used as u64),
             ops: ops.into_boxed_slice(),
+            instructions,
+            links: Default::default(),
             bytes: bytes[..used].into(),
         })
-    }
-
-    fn operation(&self, instruction: &Instruction, ip: u64) -> Op {
-        let form = Form::new(*instruction, self.mode);
-        let mut op = form.operands(ip, unknown);
-        io::note_port(&form, &mut op);
-        op.run = select(&form).unwrap_or(unknown);
-        op
     }
 
     /// Whether a block's bytes are still what memory holds at its address.

@@ -13,67 +13,104 @@ const DR6_SINGLE_STEP: u64 = 1 << 14;
 /// DR6 with no condition noted: the reserved bits that read as one.
 pub(crate) const DR6_RESERVED_ONES: u64 = 0xffff_0ff0;
 
+/// Why the loop over blocks came to a halt.
+enum Pause {
+    /// Something may have to be settled between two instructions.
+    Boundary,
+    /// The block at RIP is not known, or not known to be what memory holds.
+    Miss,
+    /// The operation at this index of the block that began at `ip` has trapped.
+    Trapped { trap: Trap, ip: u64, index: usize },
+}
+
+/// More than the bytes of any memory operand for which a page is translated at a time.
+const OPERAND_BYTES: u64 = 1024;
+
 /// Runs until the hypervisor has to act. The processor is in guest mode.
 pub(crate) fn run(core: &mut Core, blocks: &mut BlockCache) -> Exit {
     if let Some(exit) = core.mmio_deliver() {
         return exit;
     }
     core.prepare();
-    // Whether the block for this boundary was just made: what `boundary` decided still holds.
-    let mut refreshed = false;
+    if let Some(exit) = core.boundary() {
+        return exit;
+    }
     loop {
-        if !refreshed && core.line.asked() | core.attention | core.code_changed() {
-            if let Some(exit) = core.boundary() {
-                return exit;
-            }
-        }
-        let Some(block) = blocks.find(core.context, core.rip, core.epoch) else {
-            match refresh(core, blocks) {
-                Ok(()) => refreshed = true,
-                Err(trap) => {
-                    refreshed = false;
-                    if let Some(exit) = core.handle(trap, None, &[]) {
-                        return exit;
-                    }
+        let exit = match run_blocks(core, blocks) {
+            Pause::Boundary => core.boundary(),
+            Pause::Miss => match refresh(core, blocks) {
+                Ok(()) => None,
+                Err(trap) => core.handle(trap, None, &[]),
+            },
+            Pause::Trapped { trap, ip, index } => match blocks.find_stale(core.context, ip) {
+                Some(block) => {
+                    let op = block.ops[index];
+                    core.rip = op.ip;
+                    let start = op.ip.wrapping_sub(ip) as usize;
+                    let bytes = block.bytes.get(start..).unwrap_or_default();
+                    core.handle(trap, Some(&op), bytes)
                 }
-            }
-            continue;
+                // The context changes with the last thing an instruction does, after all that
+                // could trap.
+                None => core.handle(trap, None, &[]),
+            },
         };
-        refreshed = false;
-        let ip = core.rip;
-        core.rip = block.next_ip;
-        core.stop = false;
-        let mut completed = 0;
-        let mut trapped = None;
-        for op in &block.ops {
-            if let Err(trap) = (op.run)(core, op) {
-                trapped = Some((trap, op));
-                break;
-            }
-            completed += 1;
-            if core.stop {
-                break;
-            }
-        }
-        core.counters.blocks += 1;
-        core.counters.instructions += completed as u64;
-        if let Some((trap, op)) = trapped {
-            core.rip = op.ip;
-            let rest = block
-                .bytes
-                .get(op.ip.wrapping_sub(ip) as usize..)
-                .unwrap_or_default();
-            if let Some(exit) = core.handle(trap, Some(op), rest) {
-                return exit;
-            }
-        } else if completed < block.ops.len() {
-            // Stopped early: the next instruction is the one behind the last that ran.
-            core.rip = block.ops[completed].ip;
+        if let Some(exit) = exit {
+            return exit;
         }
     }
 }
 
+/// Runs blocks, at least one, as long as there is nothing else to do.
+#[inline(never)]
+fn run_blocks(core: &mut Core, blocks: &BlockCache) -> Pause {
+    let Some(mut block) = blocks.find(core.context, core.rip, core.epoch) else {
+        return Pause::Miss;
+    };
+    loop {
+        core.rip = block.next_ip;
+        core.stop = false;
+        let mut completed = u64::from(block.instructions);
+        for (index, op) in block.ops.iter().enumerate() {
+            if let Err(trap) = (op.run)(core, op) {
+                core.counters.instructions += index as u64;
+                return Pause::Trapped { trap, ip: block.ip, index };
+            }
+            if core.stop {
+                // The next instruction is the one behind this, unless this was the last.
+                if let Some(next) = block.ops.get(index + 1) {
+                    core.rip = next.ip;
+                    completed = index as u64 + 1;
+                }
+                break;
+            }
+        }
+        core.counters.blocks += 1;
+        core.counters.instructions += completed;
+        if core.line.asked() | core.attention | core.code_changed() {
+            return Pause::Boundary;
+        }
+        // Whatever changes the context or the epoch also stops the block.
+        let ip = core.rip;
+        if !core.stop
+            && let Some(next) = blocks.follow(block, ip, core.epoch)
+        {
+            block = next;
+            continue;
+        }
+        let Some(next) = blocks.find(core.context, ip, core.epoch) else {
+            return Pause::Miss;
+        };
+        if !core.stop {
+            blocks.link(block, core.context, ip, core.epoch);
+        }
+        block = next;
+    }
+}
+
 /// Makes the block at RIP known and valid in this epoch.
+#[cold]
+#[inline(never)]
 fn refresh(core: &mut Core, blocks: &mut BlockCache) -> Result<(), Trap> {
     let epoch = core.epoch;
     if let Some(block) = blocks.find_stale(core.context, core.rip) {
@@ -245,8 +282,8 @@ impl Core {
             }
             Trap::Exception => {
                 let mut exception = self.fault;
-                if std::mem::take(&mut self.mem.not_canonical)
-                    && op.is_some_and(|op| self.faulted_on_stack(op))
+                if let Some(address) = self.mem.not_canonical.take()
+                    && op.is_some_and(|op| self.faulted_on_stack(op, address))
                 {
                     exception.vector = vector::SS;
                 }
@@ -261,16 +298,17 @@ impl Core {
         }
     }
 
-    /// Whether the address that was not canonical is one that SS holds: that of a stack
+    /// Whether an address that was not canonical is one that SS holds: that of a stack
     /// instruction, or of an operand with RSP or RBP as its base.
-    fn faulted_on_stack(&self, op: &Op) -> bool {
+    fn faulted_on_stack(&self, op: &Op, address: u64) -> bool {
         if op.seg == crate::core_state::seg::SS {
             return true;
         }
-        // A stack instruction with a memory operand elsewhere: if that is canonical, it was not
-        // the one.
+        // A stack instruction with a memory operand elsewhere, or an instruction with only that.
         let explicit = op.disp != 0 || op.base != slot::ZERO || op.index != slot::ZERO;
-        explicit && self.is_canonical(crate::op::offset(self, op) & op.address_mask())
+        let operand = self.seg_base[usize::from(op.seg & 7)]
+            .wrapping_add(crate::op::offset(self, op) & op.address_mask());
+        explicit && address.wrapping_sub(operand) >= OPERAND_BYTES
     }
 
     /// Whether blocks of single instructions are asked for by anything but the guest's state.

@@ -204,7 +204,11 @@ impl Form {
             is_set: is_set(mnemonic),
             is_cmov: is_cmov(mnemonic),
         };
-        form.width = form.operand_width(0);
+        form.width = match instruction.code() {
+            // The operand size decides how much of the base is loaded.
+            Code::Lgdt_m1632_16 | Code::Lidt_m1632_16 => 2,
+            _ => form.operand_width(0),
+        };
         form.address = form.address_kind();
         form
     }
@@ -313,7 +317,7 @@ impl Form {
             address_bits: self.mode.bitness() as u8,
             lock: instruction.has_lock_prefix(),
             repeat: 0,
-            fused: 0,
+            width: self.width as u8,
         };
         if instruction.is_stack_instruction() {
             op.seg = seg::SS;
@@ -374,7 +378,7 @@ impl Form {
                     };
                     op.imm = offset | u64::from(instruction.far_branch_selector()) << 32;
                 }
-                Kind::Other => op.implied_string_operand(instruction, operand),
+                Kind::Other => op.implied_string_operand(instruction, operand, self.mode),
                 Kind::None => {}
             }
         }
@@ -420,7 +424,8 @@ fn count_bits(code: Code) -> Option<u8> {
 
 impl Op {
     /// Address size and segment of the memory operand that a string instruction implies.
-    fn implied_string_operand(&mut self, instruction: &Instruction, operand: u32) {
+    /// In 64-bit code a prefix that names another segment than FS and GS is ignored.
+    fn implied_string_operand(&mut self, instruction: &Instruction, operand: u32, mode: Mode) {
         let bits = match instruction.op_kind(operand) {
             OpKind::MemorySegSI | OpKind::MemorySegDI | OpKind::MemoryESDI => 16,
             OpKind::MemorySegESI | OpKind::MemorySegEDI | OpKind::MemoryESEDI => 32,
@@ -428,7 +433,11 @@ impl Op {
             _ => return,
         };
         self.address_bits = bits;
-        self.seg = segment_of(instruction.memory_segment());
+        self.seg = match instruction.memory_segment() {
+            segment @ (Register::FS | Register::GS) => segment_of(segment),
+            _ if mode.has(Mode::CODE64) => seg::DS,
+            segment => segment_of(segment),
+        };
     }
 }
 

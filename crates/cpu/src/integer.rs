@@ -364,11 +364,7 @@ fn compare_exchange_16(core: &mut Core, op: &Op) -> Result<(), Trap> {
     if linear & 15 != 0 {
         return Err(core.general_protection(0));
     }
-    let (old, _) = core.rmw::<u128>(
-        linear,
-        op.lock,
-        |old| if old == expected { new } else { old },
-    )?;
+    let old = core.cmpxchg16(linear, expected, new)?;
     if old != expected {
         core.regs[gpr::RAX] = old as u64;
         core.regs[gpr::RDX] = (old >> 64) as u64;

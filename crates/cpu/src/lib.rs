@@ -30,6 +30,7 @@ mod events;
 mod execute;
 mod flags;
 mod form;
+mod fuse;
 mod int;
 mod integer;
 mod io;

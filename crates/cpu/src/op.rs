@@ -48,8 +48,8 @@ pub(crate) struct Op {
     pub(crate) lock: bool,
     /// REP or REPE (1), REPNE (2) or none (0).
     pub(crate) repeat: u8,
-    /// Length of the instruction that was fused to this one, or 0.
-    pub(crate) fused: u8,
+    /// Bytes of the first operand, for the few handlers that serve several widths.
+    pub(crate) width: u8,
 }
 
 impl Op {

@@ -7,6 +7,7 @@ use crate::alu::{Binary, Cmp};
 use crate::core_state::{Core, seg};
 use crate::form::{Form, by_width};
 use crate::int::Int;
+use crate::mode::Mode;
 use crate::op::{Handler, Op};
 use crate::state::{gpr, rflags};
 use crate::trap::Trap;
@@ -98,7 +99,57 @@ impl Core {
     }
 }
 
+impl Core {
+    /// How many bytes, at most a page, a string instruction may touch at once from `offset` up,
+    /// and the linear address of the first. `None` if the segment or the address size cuts them.
+    fn string_span(
+        &mut self,
+        op: &Op,
+        segment: u8,
+        offset: u64,
+        bytes: u64,
+        write: bool,
+    ) -> Option<u64> {
+        let mask = op.address_mask();
+        let i = usize::from(segment & 7);
+        let window = if write { self.writable[i] } else { self.readable[i] };
+        let offset = offset & mask;
+        let last = offset.checked_add(bytes - 1)?;
+        if last > mask || offset < window.low || last > window.high {
+            return None;
+        }
+        let linear = self.seg_base[i].wrapping_add(offset);
+        if self.mode.has(Mode::CODE64) {
+            Some(linear)
+        } else {
+            let linear = linear & 0xffff_ffff;
+            (linear + bytes <= 1 << 32).then_some(linear)
+        }
+    }
+
+    /// Bytes that `count` elements of `size` bytes are, if they can be handled upwards in one go.
+    fn bytes_at_once(&self, count: u64, size: u64) -> Option<u64> {
+        let bytes = count.min(0x1000 / size) * size;
+        (self.flags.system() & rflags::DF == 0 && count > 1).then_some(bytes)
+    }
+}
+
 impl Iteration for Move {
+    fn many<T: Int>(core: &mut Core, op: &Op, count: u64) -> Result<u64, Trap> {
+        let Some(bytes) = core.bytes_at_once(count, T::BYTES) else { return Ok(0) };
+        let (rsi, rdi) = (core.regs[gpr::RSI], core.regs[gpr::RDI]);
+        let Some(from) = core.string_span(op, op.seg, rsi, bytes, false) else { return Ok(0) };
+        let Some(to) = core.string_span(op, seg::ES, rdi, bytes, true) else { return Ok(0) };
+        let done = core.copy_span(to, from, bytes, T::BYTES)?;
+        if done == 0 {
+            // Not even the upper halves of the registers change.
+            return Ok(0);
+        }
+        core.advance(op, gpr::RSI, done);
+        core.advance(op, gpr::RDI, done);
+        Ok(done / T::BYTES)
+    }
+
     fn once<T: Int>(core: &mut Core, op: &Op) -> Result<(), Trap> {
         let from = core.string_source(op, T::BYTES)?;
         let to = core.string_target(op, T::BYTES, true)?;
@@ -112,6 +163,18 @@ impl Iteration for Move {
 }
 
 impl Iteration for Fill {
+    fn many<T: Int>(core: &mut Core, op: &Op, count: u64) -> Result<u64, Trap> {
+        let Some(bytes) = core.bytes_at_once(count, T::BYTES) else { return Ok(0) };
+        let rdi = core.regs[gpr::RDI];
+        let Some(to) = core.string_span(op, seg::ES, rdi, bytes, true) else { return Ok(0) };
+        let done = core.fill_span(to, core.regs[gpr::RAX], T::BYTES, bytes)?;
+        if done == 0 {
+            return Ok(0);
+        }
+        core.advance(op, gpr::RDI, done);
+        Ok(done / T::BYTES)
+    }
+
     fn once<T: Int>(core: &mut Core, op: &Op) -> Result<(), Trap> {
         let to = core.string_target(op, T::BYTES, true)?;
         let value: T = core.reg(gpr::RAX as u8);

@@ -132,7 +132,7 @@ pub(crate) fn select(form: &Form) -> Option<Handler> {
             let visible = core.visible_descriptor(selector, LAR_TYPES)?;
             if let Some(low) = visible {
                 let rights = (low >> 32) as u32 & 0x00f0_ff00;
-                match op.fused {
+                match op.width {
                     2 => core.set_reg(op.dst, rights as u16),
                     _ => core.set_reg(op.dst, rights),
                 }
@@ -149,7 +149,7 @@ pub(crate) fn select(form: &Form) -> Option<Handler> {
                 let limit = crate::segments::Descriptor { low, place }
                     .segment(selector)
                     .limit;
-                match op.fused {
+                match op.width {
                     2 => core.set_reg(op.dst, limit as u16),
                     _ => core.set_reg(op.dst, limit),
                 }
@@ -759,7 +759,7 @@ fn load_table_register<const LONG: bool>(core: &mut Core, op: &Op) -> Result<Tab
         core.canonical_or_fault(base)?
     } else {
         // With a 16-bit operand only 24 bits of the base count.
-        let mask = if op.fused == 2 {
+        let mask = if op.width == 2 {
             0xff_ffff
         } else {
             0xffff_ffff
@@ -833,7 +833,7 @@ fn check_base_instructions(core: &mut Core) -> Result<(), Trap> {
 fn read_base(core: &mut Core, op: &Op, register: u8) -> Result<(), Trap> {
     check_base_instructions(core)?;
     let base = core.segment[usize::from(register)].base;
-    if op.fused == 4 {
+    if op.width == 4 {
         core.set_reg(op.dst, base as u32);
     } else {
         core.set_reg(op.dst, base);
@@ -843,7 +843,7 @@ fn read_base(core: &mut Core, op: &Op, register: u8) -> Result<(), Trap> {
 
 fn write_base(core: &mut Core, op: &Op, register: u8) -> Result<(), Trap> {
     check_base_instructions(core)?;
-    let value = if op.fused == 4 {
+    let value = if op.width == 4 {
         u64::from(core.reg::<u32>(op.dst))
     } else {
         core.reg(op.dst)
