@@ -144,6 +144,7 @@ impl Cpu {
     pub fn run(&mut self) -> Exit {
         self.core.line.enter();
         let exit = crate::execute::run(&mut self.core, &mut self.blocks);
+        self.core.leave_float();
         self.core.line.leave();
         exit
     }
