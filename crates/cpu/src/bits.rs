@@ -104,6 +104,9 @@ fn test_string<C: Change, T: Int>(core: &mut Core, op: &Op) -> Result<(), Trap> 
     let bytes = word.wrapping_mul(T::BYTES as i64) as u64;
     let offset = offset(core, op).wrapping_add(bytes) & op.address_mask();
     let linear = core.linear(op.seg, offset, T::BYTES, C::STORES)?;
+    if !core.is_canonical(linear) {
+        return Err(core.segment_fault(op.seg));
+    }
     let old: T = if C::STORES {
         core.rmw(linear, op.lock, |value| C::change(value, bit))?.0
     } else {

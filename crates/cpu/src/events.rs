@@ -161,7 +161,7 @@ impl Core {
     fn deliver_exception(&mut self, first: Exception) -> Option<Exit> {
         let mut current = first;
         loop {
-            self.mem.not_canonical = false;
+            self.mem.not_canonical = None;
             if current.vector == vector::PF
                 && let Some(address) = current.payload
             {

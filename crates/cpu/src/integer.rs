@@ -147,6 +147,9 @@ pub(crate) fn select(form: &Form) -> Option<Handler> {
             let rbx = core.regs[gpr::RBX];
             let offset = rbx.wrapping_add(u64::from(al)) & op.address_mask();
             let linear = core.linear(op.seg, offset, 1, false)?;
+            if !core.is_canonical(linear) {
+                return Err(core.segment_fault(op.seg));
+            }
             let value: u8 = core.load(linear)?;
             core.set_reg(RAX, value);
             Ok(())

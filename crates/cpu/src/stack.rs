@@ -152,12 +152,12 @@ fn pop_memory<T: Int, A: Address>(core: &mut Core, op: &Op) -> Result<(), Trap> 
 
 fn push_all<T: Int>(core: &mut Core, _op: &Op) -> Result<(), Trap> {
     let before = core.regs[gpr::RSP];
-    // The whole frame is probed first, so that a fault changes nothing; the first element to be
-    // pushed is the first to fault.
-    let highest = core.stack_place(T::BYTES.wrapping_neg(), T::BYTES, true)?;
-    core.touch_write(highest, T::BYTES)?;
-    let lowest = core.stack_place((8 * T::BYTES).wrapping_neg(), 8 * T::BYTES, true)?;
-    core.touch_write(lowest, 8 * T::BYTES)?;
+    // The whole frame is probed first, so that a fault changes nothing; what would be pushed first
+    // is the first to fault.
+    for depth in 1..=8 {
+        let place = core.stack_place((depth * T::BYTES).wrapping_neg(), T::BYTES, true)?;
+        core.touch_write(place, T::BYTES)?;
+    }
     for register in 0..8 {
         let value = if register == RSP {
             T::truncate(before)

@@ -60,9 +60,9 @@ pub(crate) struct Memory {
     walker: Walker,
     table_pages: TablePages,
     mmio: Mmio,
-    /// The last #GP was raised because a linear address was not canonical. An access through SS
+    /// The last #GP was raised because this linear address was not canonical. An access through SS
     /// raises #SS instead, and only the instruction knows which segment it used.
-    pub(crate) not_canonical: bool,
+    pub(crate) not_canonical: Option<u64>,
 }
 
 /// A page of guest tables that was translated.
@@ -107,7 +107,7 @@ impl Memory {
             walker: Walker::none(machine),
             table_pages: TablePages([TablePages::EMPTY; TablePages::COUNT]),
             mmio: Mmio::default(),
-            not_canonical: false,
+            not_canonical: None,
         }
     }
 }
@@ -292,8 +292,8 @@ impl Core {
 
     /// Raises #GP for an address that is not canonical.
     #[cold]
-    fn not_canonical(&mut self) -> Trap {
-        self.mem.not_canonical = true;
+    fn not_canonical(&mut self, linear: u64) -> Trap {
+        self.mem.not_canonical = Some(linear);
         self.general_protection(0)
     }
 
@@ -328,7 +328,7 @@ impl Core {
     fn first_stage(&mut self, linear: u64, access: LinearAccess) -> Result<Mapping, Trap> {
         let paging = self.mem.paging;
         if !paging.is_canonical(linear) {
-            return Err(self.not_canonical());
+            return Err(self.not_canonical(linear));
         }
         match paging.walk(&mut NestedTables { core: self, linear }, linear, access) {
             Ok(mapping) => Ok(mapping),

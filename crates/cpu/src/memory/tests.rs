@@ -521,7 +521,7 @@ fn an_address_that_is_not_canonical_is_a_general_protection_fault() {
     let core = &mut cpu.core;
     let result = core.load::<u8>(0x8000_0000_0000);
     assert_eq!(fault_of(core, result), (vector::GP, Some(0), None));
-    assert!(core.mem.not_canonical);
+    assert_eq!(core.mem.not_canonical, Some(0x8000_0000_0000));
     let result = core.store(0x7fff_ffff_ffff, 0u16);
     assert_eq!(
         fault_of(core, result).0,

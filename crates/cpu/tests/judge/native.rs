@@ -17,6 +17,9 @@ const IDLE: u8 = 0;
 const ENTERING: u8 = 1;
 const RUNNING: u8 = 2;
 
+/// Where Linux says that the half of user code ends (TASK_SIZE_MAX).
+const USER_END: u64 = 0x7fff_ffff_f000;
+
 /// Bytes of the largest extended state that is kept.
 const EXTENDED: usize = 8192;
 
@@ -292,7 +295,7 @@ extern "C" fn on_signal(signal: libc::c_int, _: *mut libc::siginfo_t, context: *
                 if outcome.vector == 14 {
                     // Of a fault in the kernel's half, Linux does not tell whether a page was
                     // there; in the guest none is.
-                    if gregs[libc::REG_CR2 as usize] < 0 {
+                    if gregs[libc::REG_CR2 as usize] as u64 >= USER_END {
                         outcome.error &= !1;
                     }
                     outcome.address = gregs[libc::REG_CR2 as usize] as u64;
