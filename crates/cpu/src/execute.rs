@@ -92,6 +92,9 @@ fn run_blocks(core: &mut Core, blocks: &BlockCache) -> Pause {
         }
         // Whatever changes the context or the epoch also stops the block.
         let ip = core.rip;
+        if !core.stop && ip == block.ip {
+            continue;
+        }
         if !core.stop
             && let Some(next) = blocks.follow(block, ip, core.epoch)
         {
