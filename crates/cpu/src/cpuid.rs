@@ -2,6 +2,7 @@
 
 use crate::core_state::Core;
 use crate::machine::SecondStageKind;
+use crate::sse::Host;
 use crate::state::{CpuidEntry, cr4};
 
 /// Leaf 1, EDX.
@@ -25,11 +26,14 @@ mod leaf1_edx {
 /// Leaf 1, ECX.
 mod leaf1_ecx {
     pub(super) const SSE3: u32 = 1 << 0;
+    pub(super) const PCLMULQDQ: u32 = 1 << 1;
     pub(super) const SSSE3: u32 = 1 << 9;
     pub(super) const CX16: u32 = 1 << 13;
     pub(super) const SSE41: u32 = 1 << 19;
+    pub(super) const SSE42: u32 = 1 << 20;
     pub(super) const MOVBE: u32 = 1 << 22;
     pub(super) const POPCNT: u32 = 1 << 23;
+    pub(super) const AES: u32 = 1 << 25;
     pub(super) const OSXSAVE: u32 = 1 << 27;
 }
 
@@ -96,12 +100,17 @@ pub fn supported(kind: SecondStageKind, physical_bits: u8) -> Vec<CpuidEntry> {
         edx,
         ..CpuidEntry::default()
     };
-    let host_has_sse41 = std::arch::is_x86_feature_detected!("sse4.1");
-    let vector_extensions = if host_has_sse41 {
-        leaf1_ecx::SSE3 | leaf1_ecx::SSSE3 | leaf1_ecx::SSE41
-    } else {
-        0
-    };
+    let host_has = Host::detected();
+    let vector_extensions = [
+        (host_has.sse3, leaf1_ecx::SSE3),
+        (host_has.pclmulqdq, leaf1_ecx::PCLMULQDQ),
+        (host_has.ssse3, leaf1_ecx::SSSE3),
+        (host_has.sse41, leaf1_ecx::SSE41),
+        (host_has.sse42, leaf1_ecx::SSE42),
+        (host_has.aes, leaf1_ecx::AES),
+    ]
+    .into_iter()
+    .fold(0, |bits, (has, bit)| if has { bits | bit } else { bits });
     let signature = match kind {
         // Family 6 model 85, and family 25 model 1.
         SecondStageKind::Ept => 0x0005_0654,
