@@ -1,7 +1,7 @@
 //! FXSAVE and FXRSTOR: x87 and SSE state as one image in memory (SDM Vol. 1, "FXSAVE Area").
 
 use super::mxcsr;
-use crate::core_state::Core;
+use crate::core_state::{Core, Vectors};
 use crate::form::Form;
 use crate::op::{Address, Handler, Op, Segmented};
 use crate::state::cr0;
@@ -12,6 +12,10 @@ use iced_x86::Mnemonic as M;
 const BYTES: u64 = 512;
 /// Paragraphs of 16 bytes before the vector registers: two of control words, eight x87 registers.
 const BEFORE_VECTORS: usize = 10;
+/// Paragraphs that are used in 64-bit mode.
+const PARAGRAPHS: usize = BEFORE_VECTORS + 16;
+/// The last opcode has 11 bits.
+const OPCODE: u16 = 0x7ff;
 /// An x87 register has 80 bits; the rest of its paragraph is reserved.
 const X87_REGISTER: u128 = u128::MAX >> 48;
 
@@ -52,29 +56,55 @@ fn place(core: &mut Core, op: &Op, write: bool) -> Result<u64, Trap> {
     }
 }
 
-/// FXSAVE, with 64-bit instruction and data pointers or with 32-bit ones and selectors (which are
-/// not kept and read as zero). What is reserved, and the last 96 bytes, is not written.
-fn save<const WIDE: bool>(core: &mut Core, op: &Op) -> Result<(), Trap> {
-    let linear = place(core, op, true)?;
-    core.touch_write(linear, BYTES)?;
-    let mxcsr = core.mxcsr();
-    let x87 = &core.vectors.x87;
-    let pointer_mask = if WIDE { u64::MAX } else { u64::from(u32::MAX) };
-    let mut paragraphs = [0u128; BEFORE_VECTORS + 16];
-    paragraphs[0] = u128::from(x87.fcw)
+/// The image, of which the first 10 + 8 or 10 + 16 paragraphs are used. `WIDE` images have 64-bit
+/// instruction and data pointers, others 32-bit ones and selectors (which are not kept and read as
+/// zero).
+fn encode<const WIDE: bool>(vectors: &Vectors, mxcsr: u32) -> [u128; PARAGRAPHS] {
+    let x87 = &vectors.x87;
+    let mut image = [0; PARAGRAPHS];
+    image[0] = u128::from(x87.fcw)
         | u128::from(x87.fsw) << 16
         | u128::from(x87.ftw) << 32
         | u128::from(x87.fop) << 48
-        | u128::from(x87.fip & pointer_mask) << 64;
-    paragraphs[1] = u128::from(x87.fdp & pointer_mask)
+        | u128::from(x87.fip & pointer_mask::<WIDE>()) << 64;
+    image[1] = u128::from(x87.fdp & pointer_mask::<WIDE>())
         | u128::from(mxcsr) << 64
         | u128::from(mxcsr::EXISTING) << 96;
-    for (paragraph, register) in paragraphs[2..BEFORE_VECTORS].iter_mut().zip(x87.st) {
+    for (paragraph, register) in image[2..BEFORE_VECTORS].iter_mut().zip(x87.st) {
         *paragraph = register & X87_REGISTER;
     }
-    paragraphs[BEFORE_VECTORS..].copy_from_slice(&core.vectors.xmm);
+    image[BEFORE_VECTORS..].copy_from_slice(&vectors.xmm);
+    image
+}
+
+/// What an image says, but for MXCSR. Vector registers beyond the image's keep their values.
+fn decode<const WIDE: bool>(image: &[u128], vectors: &mut Vectors) {
+    let (control, registers) = image.split_at(BEFORE_VECTORS);
+    let x87 = &mut vectors.x87;
+    x87.fcw = control[0] as u16;
+    x87.fsw = (control[0] >> 16) as u16;
+    x87.ftw = (control[0] >> 32) as u8;
+    x87.fop = (control[0] >> 48) as u16 & OPCODE;
+    x87.fip = (control[0] >> 64) as u64 & pointer_mask::<WIDE>();
+    x87.fdp = control[1] as u64 & pointer_mask::<WIDE>();
+    for (register, paragraph) in x87.st.iter_mut().zip(&control[2..]) {
+        *register = paragraph & X87_REGISTER;
+    }
+    vectors.xmm[..registers.len()].copy_from_slice(registers);
+}
+
+/// Bits of a pointer that the image has.
+fn pointer_mask<const WIDE: bool>() -> u64 {
+    if WIDE { u64::MAX } else { u32::MAX.into() }
+}
+
+/// FXSAVE. What is reserved, and the last 96 bytes, is not written.
+fn save<const WIDE: bool>(core: &mut Core, op: &Op) -> Result<(), Trap> {
+    let linear = place(core, op, true)?;
+    core.touch_write(linear, BYTES)?;
+    let image = encode::<WIDE>(&core.vectors, core.mxcsr());
     let used = BEFORE_VECTORS + vector_count(core);
-    for (i, &paragraph) in paragraphs[..used].iter().enumerate() {
+    for (i, &paragraph) in image[..used].iter().enumerate() {
         core.store(linear.wrapping_add(i as u64 * 16), paragraph)?;
     }
     Ok(())
@@ -83,28 +113,81 @@ fn save<const WIDE: bool>(core: &mut Core, op: &Op) -> Result<(), Trap> {
 /// FXRSTOR. #GP if MXCSR's image has bits that do not exist.
 fn restore<const WIDE: bool>(core: &mut Core, op: &Op) -> Result<(), Trap> {
     let linear = place(core, op, false)?;
-    let mut paragraphs = [0u128; BEFORE_VECTORS + 16];
+    let mut image = [0; PARAGRAPHS];
     let used = BEFORE_VECTORS + vector_count(core);
-    for (i, paragraph) in paragraphs[..used].iter_mut().enumerate() {
+    for (i, paragraph) in image[..used].iter_mut().enumerate() {
         *paragraph = core.load(linear.wrapping_add(i as u64 * 16))?;
     }
-    let mxcsr = (paragraphs[1] >> 64) as u32;
+    let mxcsr = (image[1] >> 64) as u32;
     if mxcsr::has_reserved_bits(mxcsr) {
         return Err(core.general_protection(0));
     }
     core.set_mxcsr(mxcsr);
-    let pointer_mask = if WIDE { u64::MAX } else { u64::from(u32::MAX) };
-    let x87 = &mut core.vectors.x87;
-    x87.fcw = paragraphs[0] as u16;
-    x87.fsw = (paragraphs[0] >> 16) as u16;
-    x87.ftw = (paragraphs[0] >> 32) as u8;
-    x87.fop = (paragraphs[0] >> 48) as u16 & 0x7ff;
-    x87.fip = (paragraphs[0] >> 64) as u64 & pointer_mask;
-    x87.fdp = paragraphs[1] as u64 & pointer_mask;
-    for (register, paragraph) in x87.st.iter_mut().zip(&paragraphs[2..BEFORE_VECTORS]) {
-        *register = paragraph & X87_REGISTER;
-    }
-    let vectors = used - BEFORE_VECTORS;
-    core.vectors.xmm[..vectors].copy_from_slice(&paragraphs[BEFORE_VECTORS..used]);
+    decode::<WIDE>(&image[..used], &mut core.vectors);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core_state::X87;
+
+    fn sample() -> Vectors {
+        Vectors {
+            xmm: std::array::from_fn(|i| 0x1111_u128 << 96 | i as u128),
+            mxcsr: 0,
+            x87: X87 {
+                st: std::array::from_fn(|i| u128::MAX << 8 | i as u128),
+                fcw: 0x37f,
+                fsw: 0x3800,
+                ftw: 0x80,
+                fop: 0x7ff,
+                fip: 0x1234_5678_9abc_def0,
+                fdp: 0x0fed_cba9_8765_4321,
+            },
+        }
+    }
+
+    fn bytes(image: [u128; PARAGRAPHS]) -> Vec<u8> {
+        image
+            .iter()
+            .flat_map(|paragraph| paragraph.to_le_bytes())
+            .collect()
+    }
+
+    #[test]
+    fn fields_lie_where_the_manual_puts_them() {
+        let image = bytes(encode::<true>(&sample(), 0x9fc0));
+        assert_eq!(image[0..2], 0x37fu16.to_le_bytes());
+        assert_eq!(image[2..4], 0x3800u16.to_le_bytes());
+        assert_eq!(image[4..6], [0x80, 0]);
+        assert_eq!(image[6..8], 0x7ffu16.to_le_bytes());
+        assert_eq!(image[8..16], 0x1234_5678_9abc_def0u64.to_le_bytes());
+        assert_eq!(image[16..24], 0x0fed_cba9_8765_4321u64.to_le_bytes());
+        assert_eq!(image[24..28], 0x9fc0u32.to_le_bytes());
+        assert_eq!(image[28..32], 0xffffu32.to_le_bytes());
+        assert_eq!(image[48..50], [1, 0xff]);
+        assert_eq!(image[58..64], [0; 6], "an x87 register has ten bytes");
+        assert_eq!(image[176], 1, "XMM1");
+        assert_eq!(image.len(), 416);
+        let narrow = bytes(encode::<false>(&sample(), 0x9fc0));
+        assert_eq!(narrow[8..16], 0x9abc_def0u64.to_le_bytes());
+        assert_eq!(narrow[16..24], 0x8765_4321u64.to_le_bytes());
+    }
+
+    #[test]
+    fn what_is_saved_is_restored_and_a_short_image_leaves_the_upper_registers() {
+        let image = encode::<true>(&sample(), 0x1f80);
+        let mut vectors = sample();
+        vectors.xmm = [7; 16];
+        vectors.x87.fcw = 0;
+        decode::<true>(&image[..BEFORE_VECTORS + 8], &mut vectors);
+        assert_eq!(vectors.xmm[..8], sample().xmm[..8]);
+        assert_eq!(vectors.xmm[8..], [7; 8]);
+        assert_eq!(vectors.x87.fcw, 0x37f);
+        assert_eq!(
+            encode::<true>(&vectors, 0x1f80)[..BEFORE_VECTORS],
+            image[..BEFORE_VECTORS]
+        );
+    }
 }

@@ -176,3 +176,108 @@ fn precision_flag(control: u32, unmasked: u32, roundings: &Roundings) -> u32 {
 pub(super) fn has_reserved_bits(value: u32) -> bool {
     value & !EXISTING != 0
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::form::Form;
+    use crate::machine::{Machine, MachineConfig, SecondStageKind};
+    use crate::mode::Mode;
+    use crate::state::cr0;
+    use crate::{Cpu, sse};
+    use iced_x86::{Decoder, DecoderOptions};
+
+    const ADDSD_XMM0_XMM1: [u8; 4] = [0xf2, 0x0f, 0x58, 0xc1];
+    const DIVSD_XMM0_XMM1: [u8; 4] = [0xf2, 0x0f, 0x5e, 0xc1];
+    const INEXACT: u32 = 1 << 5;
+
+    fn cpu() -> Cpu {
+        let machine = Machine::new(MachineConfig {
+            second_stage: SecondStageKind::Ept,
+            maxphyaddr: 46,
+            hpa_offset: 0,
+        });
+        let mut cpu = Cpu::new(machine, 0);
+        cpu.core.cr0 = cr0::PE | cr0::ET;
+        cpu.core.cr4 = cr4::OSFXSR | cr4::OSXMMEXCPT;
+        cpu.core.vectors.xmm[0] = 1f64.to_bits().into();
+        cpu.core.vectors.xmm[1] = 1e-300f64.to_bits().into();
+        cpu
+    }
+
+    /// Executes a 64-bit instruction without operands in memory.
+    fn execute(core: &mut Core, bytes: &[u8], sse: bool) -> Result<(), Trap> {
+        let instruction = Decoder::new(64, bytes, DecoderOptions::NONE).decode();
+        let form = Form::new(instruction, Mode::CODE64.with(Mode::SSE, sse));
+        let handler = sse::select(&form).expect("the instruction is executed");
+        let op = form.operands(0, handler);
+        (op.run)(core, &op)
+    }
+
+    #[test]
+    fn sticky_flags_collect_and_the_thread_gets_its_own_back() {
+        let before = host::mxcsr();
+        let mut cpu = cpu();
+        let core = &mut cpu.core;
+        assert_eq!(execute(core, &ADDSD_XMM0_XMM1, true), Ok(()));
+        assert_eq!(core.mxcsr(), DEFAULT | INEXACT);
+        core.leave_float();
+        assert_eq!(core.vectors.mxcsr, DEFAULT | INEXACT);
+        assert_eq!(host::mxcsr(), before);
+        // Again: flags that were there stay, and writing MXCSR drops them.
+        core.vectors.xmm[1] = 0;
+        assert_eq!(execute(core, &ADDSD_XMM0_XMM1, true), Ok(()));
+        assert_eq!(core.mxcsr(), DEFAULT | INEXACT);
+        core.set_mxcsr(DEFAULT);
+        assert_eq!(core.mxcsr(), DEFAULT);
+        assert_eq!(host::mxcsr(), before);
+    }
+
+    #[test]
+    fn rounding_is_the_guests_and_never_outlives_the_instruction() {
+        let before = host::mxcsr();
+        let mut cpu = cpu();
+        let core = &mut cpu.core;
+        // Towards plus infinity.
+        core.set_mxcsr(DEFAULT | 2 << ROUNDING_SHIFT);
+        assert_eq!(execute(core, &ADDSD_XMM0_XMM1, true), Ok(()));
+        assert_eq!(core.vectors.xmm[0], (1f64.to_bits() + 1).into());
+        assert_eq!(host::mxcsr(), before);
+        assert_eq!(core.mxcsr(), DEFAULT | 2 << ROUNDING_SHIFT | INEXACT);
+    }
+
+    #[test]
+    fn an_unmasked_exception_changes_nothing_but_its_flag() {
+        let mut cpu = cpu();
+        let core = &mut cpu.core;
+        core.vectors.xmm[1] = 0;
+        let unmasked = DEFAULT & !(DIVIDE << MASK_SHIFT);
+        core.set_mxcsr(unmasked);
+        let operand = core.vectors.xmm[0];
+        assert_eq!(execute(core, &DIVSD_XMM0_XMM1, true), Err(Trap::Exception));
+        assert_eq!(core.fault.vector, vector::XM);
+        assert_eq!(core.vectors.xmm[0], operand);
+        assert_eq!(core.mxcsr(), unmasked | DIVIDE);
+        core.cr4 &= !cr4::OSXMMEXCPT;
+        assert_eq!(execute(core, &DIVSD_XMM0_XMM1, true), Err(Trap::Exception));
+        assert_eq!(core.fault.vector, vector::UD);
+    }
+
+    #[test]
+    fn vector_instructions_need_an_operating_system_that_saves_their_registers() {
+        let mut cpu = cpu();
+        let core = &mut cpu.core;
+        core.cr0 |= cr0::TS;
+        assert_eq!(execute(core, &ADDSD_XMM0_XMM1, false), Err(Trap::Exception));
+        assert_eq!(core.fault.vector, vector::NM);
+        core.cr0 |= cr0::EM;
+        assert_eq!(execute(core, &ADDSD_XMM0_XMM1, false), Err(Trap::Exception));
+        assert_eq!(core.fault.vector, vector::UD);
+        core.cr0 &= !(cr0::EM | cr0::TS);
+        core.cr4 &= !cr4::OSFXSR;
+        assert_eq!(execute(core, &ADDSD_XMM0_XMM1, false), Err(Trap::Exception));
+        assert_eq!(core.fault.vector, vector::UD);
+        // Fences touch no vector register.
+        assert_eq!(execute(core, &[0x0f, 0xae, 0xf0], false), Ok(()));
+    }
+}
