@@ -276,7 +276,7 @@ impl Cpu {
 
     /// What the guest's RDTSC would return now.
     pub fn tsc(&self) -> u64 {
-        crate::time::host_tsc().wrapping_add(self.core.msrs.tsc_offset)
+        self.core.msrs.tsc()
     }
 
     /// Events that wait, and what blocks them.

@@ -322,8 +322,33 @@ pub struct Msrs {
     pub pat: u64,
     /// Added to the host's time stamp counter to give the guest's.
     pub tsc_offset: u64,
+    /// Guest ticks for each tick of the host's time stamp counter, in units of 2^-48 (VMX's TSC
+    /// multiplier).
+    pub tsc_multiplier: u64,
     /// XCR0, which XSETBV writes. (Not an MSR, but kept where the other such registers are.)
     pub xcr0: u64,
+}
+
+impl Msrs {
+    /// The host's time stamp counter at the guest's rate, without the guest's offset.
+    pub fn scaled_host_tsc(&self) -> u64 {
+        let host = crate::time::host_tsc();
+        if self.tsc_multiplier == 1 << 48 {
+            host
+        } else {
+            (u128::from(host) * u128::from(self.tsc_multiplier) >> 48) as u64
+        }
+    }
+
+    /// What the guest's RDTSC returns now.
+    pub fn tsc(&self) -> u64 {
+        self.scaled_host_tsc().wrapping_add(self.tsc_offset)
+    }
+
+    /// Makes the guest's RDTSC return `value` now, and count on from there.
+    pub fn set_tsc(&mut self, value: u64) {
+        self.tsc_offset = value.wrapping_sub(self.scaled_host_tsc());
+    }
 }
 
 impl Default for Msrs {
@@ -340,6 +365,7 @@ impl Default for Msrs {
             tsc_aux: 0,
             pat: 0x0007_0406_0007_0406,
             tsc_offset: 0,
+            tsc_multiplier: 1 << 48,
             xcr0: 1,
         }
     }

@@ -443,7 +443,7 @@ impl Core {
     fn own_msr(&self, index: u32) -> Option<u64> {
         let msrs = &self.msrs;
         Some(match index {
-            msr::TSC => crate::time::host_tsc().wrapping_add(msrs.tsc_offset),
+            msr::TSC => msrs.tsc(),
             msr::SYSENTER_CS => msrs.sysenter_cs,
             msr::SYSENTER_ESP => msrs.sysenter_esp,
             msr::SYSENTER_EIP => msrs.sysenter_eip,
@@ -465,7 +465,7 @@ impl Core {
     fn write_own_msr(&mut self, index: u32, value: u64) -> Option<Result<(), Trap>> {
         let result = match index {
             msr::TSC => {
-                self.msrs.tsc_offset = value.wrapping_sub(crate::time::host_tsc());
+                self.msrs.set_tsc(value);
                 Ok(())
             }
             msr::SYSENTER_CS => {
@@ -571,7 +571,7 @@ fn check_time(core: &mut Core) -> Result<(), Trap> {
 
 fn rdtsc(core: &mut Core, _op: &Op) -> Result<(), Trap> {
     check_time(core)?;
-    let tsc = crate::time::host_tsc().wrapping_add(core.msrs.tsc_offset);
+    let tsc = core.msrs.tsc();
     set_pair(core, tsc);
     Ok(())
 }
