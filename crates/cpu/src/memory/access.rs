@@ -217,8 +217,8 @@ impl Datum for u128 {
                 options(nostack, readonly),
             );
         }
-        // SAFETY: both are 16 bytes without invalid values.
         if gone == 0 {
+            // SAFETY: both are 16 bytes without invalid values.
             Ok(unsafe { core::mem::transmute::<__m128i, u128>(value) })
         } else {
             Err(Vanished)

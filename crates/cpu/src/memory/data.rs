@@ -137,7 +137,7 @@ impl Core {
         change: impl Fn(T) -> T,
     ) -> Result<(T, T), Trap> {
         let pointer = std::ptr::with_exposed_provenance_mut::<u8>(place);
-        if T::SIZE == 16 && place % 16 != 0 {
+        if T::SIZE == 16 && !place.is_multiple_of(16) {
             // CMPXCHG16B, the only locked access of 16 bytes, raises #GP itself when misaligned.
             return Err(self.general_protection(0));
         }

@@ -218,7 +218,7 @@ impl Core {
                 let word = (self.0)(Gpa::new(gpa & !7));
                 Ok(word.map(|word| {
                     if bytes == 4 {
-                        word >> (gpa & 4) * 8 & 0xffff_ffff
+                        (word >> ((gpa & 4) * 8)) & 0xffff_ffff
                     } else {
                         word
                     }

@@ -319,7 +319,7 @@ fn a_violation_names_the_access_and_what_the_entries_allow() {
     host.put(3, 11, 0);
     core.flush_tlb();
     let result = core.load::<u8>(0x22_000);
-    let place = 11 << 12 | 0x22 * 8;
+    let place = (11 << 12) | (0x22 * 8);
     assert_eq!(
         violation(exit_of(core, result)),
         (place, Q::READ | Q::WRITE | Q::LINEAR_VALID, 0x22_000)
@@ -379,7 +379,10 @@ fn nested_page_faults_carry_amds_error_code() {
     host.put(3, 11, host.hpa(11) | 5);
     core.flush_tlb();
     let result = core.load::<u8>(0x22_000).map(|_| ());
-    assert_eq!(code(core, result), (11 << 12 | 0x22 * 8, TABLE | 4 | 2 | 1));
+    assert_eq!(
+        code(core, result),
+        ((11 << 12) | (0x22 * 8), TABLE | 4 | 2 | 1)
+    );
 }
 
 #[test]

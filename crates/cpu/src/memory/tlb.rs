@@ -223,7 +223,7 @@ mod tests {
         assert!(reads(&tlb, Set::User, 0x1ff8, 8));
         assert!(!reads(&tlb, Set::User, 0x1ff9, 8));
         assert!(!reads(&tlb, Set::Supervisor, 0x1ff8, 8));
-        tlb.fill(Set::User, u64::MAX & PAGE_MASK, 0, READ, None);
+        tlb.fill(Set::User, PAGE_MASK, 0, READ, None);
         tlb.fill(Set::User, 0, 0, READ, None);
         assert!(!reads(&tlb, Set::User, u64::MAX - 3, 8));
     }

@@ -260,7 +260,10 @@ impl Guest {
             system.cs.long = false;
             system.cs.big = true;
             // As in the host's process: null selectors.
-            let null = Segment { unusable: true, ..Segment::default() };
+            let null = Segment {
+                unusable: true,
+                ..Segment::default()
+            };
             system.fs = null;
             system.gs = null;
         }

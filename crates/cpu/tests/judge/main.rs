@@ -5,7 +5,7 @@
 //! `TWOFOLD_JUDGE_CASES` is the number of cases a form gets, `TWOFOLD_JUDGE_SEED` another seed,
 //! `TWOFOLD_JUDGE_ONLY` part of a form's name as iced-x86 spells it (`Add_rm8_r8`).
 #![cfg(all(target_arch = "x86_64", target_os = "linux"))]
-#![allow(missing_docs, unreachable_pub)]
+#![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
 
 mod forms;
 mod guest;
@@ -145,7 +145,9 @@ fn judge_all(bitness: u32) -> Report {
             let Some((case, instruction)) = generator.case(code, &mut rng) else {
                 continue;
             };
-            if !verdict::is_defined(&case, &instruction) || !twofold_cpu::executes(&instruction, bitness) {
+            if !verdict::is_defined(&case, &instruction)
+                || !twofold_cpu::executes(&instruction, bitness)
+            {
                 continue;
             }
             report.cases += 1;
@@ -178,7 +180,11 @@ fn print(report: &Report, bitness: u32) {
     for (reason, forms) in &report.unverified {
         let _ = writeln!(out, "unverified, {reason}: {}", forms.join(" "));
     }
-    let _ = writeln!(out, "no encoding was found: {}", report.no_encoding.join(" "));
+    let _ = writeln!(
+        out,
+        "no encoding was found: {}",
+        report.no_encoding.join(" ")
+    );
     for (form, (count, examples)) in &report.differences {
         let _ = writeln!(out, "DIFFERENCE {form}: {count} cases");
         for example in examples {
@@ -215,8 +221,15 @@ fn every_form_does_what_the_host_does_in_32_bit_code() {
 #[test]
 fn a_difference_in_anything_that_is_compared_is_seen() {
     let mut generator = Generator::new(64);
-    let (case, instruction) = generator.case(Code::Add_rm64_r64, &mut Rng::new(1)).unwrap();
-    let right = Outcome { registers: case.registers.clone(), vector: 3, error: 0, address: 0 };
+    let (case, instruction) = generator
+        .case(Code::Add_rm64_r64, &mut Rng::new(1))
+        .unwrap();
+    let right = Outcome {
+        registers: case.registers.clone(),
+        vector: 3,
+        error: 0,
+        address: 0,
+    };
     let memory = vec![0u8; DATA_BYTES];
     let verdict = |ours: &Outcome, ours_memory: &[u8]| {
         verdict::compare(&case, &instruction, &right, ours, (&memory, ours_memory))
@@ -263,7 +276,9 @@ fn the_host_agrees_with_itself() {
             }
             let mut rng = Rng::new(code as u64);
             for _ in 0..CASES {
-                let Some((case, instruction)) = generator.case(code, &mut rng) else { continue };
+                let Some((case, instruction)) = generator.case(code, &mut rng) else {
+                    continue;
+                };
                 if !twofold_cpu::executes(&instruction, bitness) {
                     continue;
                 }

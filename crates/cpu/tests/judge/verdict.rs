@@ -2,7 +2,8 @@
 
 use crate::state::{Case, DATA, Outcome, RSP, Registers, flag};
 use iced_x86::{
-    Code, CpuidFeature, FlowControl, Formatter, Instruction, Mnemonic, NasmFormatter, OpKind, Register,
+    Code, CpuidFeature, FlowControl, Formatter, Instruction, Mnemonic, NasmFormatter, OpKind,
+    Register,
 };
 use std::fmt::Write as _;
 
@@ -114,7 +115,10 @@ fn has_operand_size_prefix(case: &Case) -> bool {
     case.bytes
         .iter()
         .take_while(|byte| {
-            matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3)
+            matches!(
+                byte,
+                0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3
+            )
         })
         .any(|&byte| byte == 0x66)
 }
@@ -227,16 +231,16 @@ pub fn compare(
     );
     let count = if case.bitness == 64 { 16 } else { 8 };
     // Some processors change registers as POPA goes and leave them changed when it faults.
-    let popa_fault = expected.vector == 14
-        && matches!(instruction.mnemonic(), Mnemonic::Popa | Mnemonic::Popad);
+    let popa_fault =
+        expected.vector == 14 && matches!(instruction.mnemonic(), Mnemonic::Popa | Mnemonic::Popad);
     let skip = undefined_destination(case, instruction, expected)
         .then(|| instruction.op0_register().full_register());
-    for i in 0..count {
+    for (i, name) in names.into_iter().enumerate().take(count) {
         if popa_fault && i != RSP || skip.is_some_and(|register: Register| register.number() == i) {
             continue;
         }
         differ(
-            names[i],
+            name,
             host.gpr[i].into(),
             ours.gpr[i].into(),
             Some(before.gpr[i].into()),
