@@ -126,7 +126,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             if error.is_write() && known.info.flags.contains(RegionFlags::READONLY) {
                 return Ok(Outcome::Mmio);
             }
-            let mut page = match self
+            let page = match self
                 .host()
                 .populate(known.info.hva_of(gfn), error.is_write())
             {
@@ -139,18 +139,15 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                 Err(PopulateError::Interrupted) => return Err(FaultError::Interrupted),
                 Err(PopulateError::Again) => return Ok(Outcome::Retry),
             };
-            page.level = mapping_level(&known.info, gfn, &page);
-            loop {
-                match self.map(state, sections, memory, root, &known, snapshot, fault, page) {
-                    Attempt::Done(outcome) => return Ok(outcome),
-                    Attempt::Again => break,
-                    Attempt::Smaller => page.level = page.level.below().unwrap_or(Level::L4K),
-                    Attempt::NeedPages(count) => {
-                        if !memory.pool.fill(self.host(), count) {
-                            return Err(FaultError::OutOfMemory);
-                        }
-                    }
-                }
+            if let Some(outcome) = self.map_near(
+                state, sections, memory, root, &known, snapshot, fault, &page,
+            ) {
+                return Ok(outcome);
+            }
+            let mapped =
+                self.map_anywhere(state, sections, memory, root, &known, snapshot, fault, page)?;
+            if let Some(outcome) = mapped {
+                return Ok(outcome);
             }
         }
         Ok(Outcome::Retry)
@@ -173,6 +170,19 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         {
             return Some(known);
         }
+        self.search_slot(sections, memory, as_id, gfn)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn search_slot(
+        &self,
+        sections: &mut Sections<'_>,
+        memory: &mut Memory,
+        as_id: u16,
+        gfn: Gfn,
+    ) -> Option<KnownSlot> {
+        let space = self.spaces.get(usize::from(as_id))?;
         let section = sections.enter();
         // Read before the tree: what is found is at least as new.
         let generation = space.generation();
@@ -185,7 +195,80 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         Some(known)
     }
 
-    /// Maps a page that the host has made present, at the level that `page` asks for.
+    /// Maps a small page into an empty entry of the leaf table of the last fault: what most faults
+    /// come to. `None` if anything is not as it usually is.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the state of one fault, in registers"
+    )]
+    #[inline(always)]
+    fn map_near(
+        &self,
+        state: &ReaderState,
+        sections: &mut Sections<'_>,
+        memory: &Memory,
+        root: &RootState,
+        known: &KnownSlot,
+        snapshot: Snapshot,
+        fault: Fault,
+        page: &HostPage,
+    ) -> Option<Outcome> {
+        let gfn = fault.gpa.frame();
+        if page.level != Level::L4K || known.info.flags.contains(RegionFlags::LOG_DIRTY) {
+            return None;
+        }
+        let space = self.spaces.get(usize::from(known.info.as_id))?;
+        let section = sections.enter();
+        // The same conditions as in `map`.
+        if !self.invalidation.is_quiet_since(snapshot)
+            || !known.hint.is_of(space.generation())
+            || root.is_obsolete()
+        {
+            return None;
+        }
+        let table = self.table_in(root.table, &section);
+        let seen = Self::look_again(&table, memory.leaf_table, gfn, self.epoch(&section))?;
+        if seen.value() != F::EMPTY {
+            return None;
+        }
+        table
+            .install(seen, small_leaf(&known.info, page).encode::<F>())
+            .ok()?;
+        state.count_mapped(Level::L4K);
+        Some(Outcome::Fixed { level: Level::L4K })
+    }
+
+    /// Maps a page that the host has made present, at the largest level that is possible. `None` if
+    /// someone was faster and the fault has to look again.
+    #[expect(clippy::too_many_arguments, reason = "the state of one fault")]
+    #[inline(never)]
+    fn map_anywhere(
+        &self,
+        state: &ReaderState,
+        sections: &mut Sections<'_>,
+        memory: &mut Memory,
+        root: &RootState,
+        known: &KnownSlot,
+        snapshot: Snapshot,
+        fault: Fault,
+        mut page: HostPage,
+    ) -> Result<Option<Outcome>, FaultError> {
+        page.level = mapping_level(&known.info, fault.gpa.frame(), &page);
+        loop {
+            match self.map(state, sections, memory, root, known, snapshot, fault, page) {
+                Attempt::Done(outcome) => return Ok(Some(outcome)),
+                Attempt::Again => return Ok(None),
+                Attempt::Smaller => page.level = page.level.below().unwrap_or(Level::L4K),
+                Attempt::NeedPages(count) => {
+                    if !memory.pool.fill(self.host(), count) {
+                        return Err(FaultError::OutOfMemory);
+                    }
+                }
+            }
+        }
+    }
+
+    /// One attempt to map a page, at the level that `page` asks for.
     #[expect(
         clippy::too_many_arguments,
         reason = "the state of one fault, in registers"
@@ -231,19 +314,12 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         if fault.gpa.get() >= table.end() {
             return Attempt::Done(Outcome::Mmio);
         }
-        let writable = page.writable && !known.info.flags.contains(RegionFlags::READONLY);
         let leaf = Leaf {
             hpa: Hpa::new(page.hpa.get() & !(level.bytes() - 1)),
             level,
-            writable: if writable {
-                Writable::Yes
-            } else {
-                Writable::ReadOnly
-            },
-            executable: true,
-            accessed: true,
-            private: false,
+            ..small_leaf(&known.info, &page)
         };
+        let writable = leaf.writable == Writable::Yes;
         let epoch = self.epoch(&section);
         let target = Height::from(level);
         let remembered = match level {
@@ -455,18 +531,30 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     }
 }
 
+/// The leaf for a 4K page of a slot.
+#[inline(always)]
+fn small_leaf(slot: &SlotInfo, page: &HostPage) -> Leaf {
+    let writable = page.writable && !slot.flags.contains(RegionFlags::READONLY);
+    Leaf {
+        hpa: page.hpa,
+        level: Level::L4K,
+        writable: if writable {
+            Writable::Yes
+        } else {
+            Writable::ReadOnly
+        },
+        executable: true,
+        accessed: true,
+        private: false,
+    }
+}
+
 /// The largest mapping around `gfn` that the host's page, the slot's bounds and alignment, and
 /// dirty logging allow.
-#[inline(always)]
 fn mapping_level(slot: &SlotInfo, gfn: Gfn, page: &HostPage) -> Level {
     if page.level == Level::L4K || slot.flags.contains(RegionFlags::LOG_DIRTY) {
         return Level::L4K;
     }
-    large_mapping_level(slot, gfn, page)
-}
-
-#[cold]
-fn large_mapping_level(slot: &SlotInfo, gfn: Gfn, page: &HostPage) -> Level {
     for level in [Level::L1G, Level::L2M] {
         let frames = level.frames();
         let first = gfn.align_down(frames);

@@ -50,6 +50,13 @@ impl Invalidation {
         state == snapshot.0 && (state & IN_PROGRESS == 0 || self.outside(state, hva))
     }
 
+    /// [`allows`](Self::allows) for any address: nothing was changing at `snapshot` and nothing has
+    /// begun since.
+    #[inline(always)]
+    pub(crate) fn is_quiet_since(&self, snapshot: Snapshot) -> bool {
+        snapshot.0 & IN_PROGRESS == 0 && self.state.load(Ordering::Acquire) == snapshot.0
+    }
+
     #[cold]
     fn outside(&self, state: u64, hva: Range<u64>) -> bool {
         let start = self.start.load(Ordering::Acquire);
