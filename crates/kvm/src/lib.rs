@@ -22,6 +22,7 @@ mod host_change;
 pub mod ioctl;
 mod irqchip;
 mod kvm;
+mod mappings;
 mod module_file;
 mod object;
 mod pagemap;

@@ -3,9 +3,11 @@
 //! KVM maps a page writable on a read fault when the host's own page table does. From outside the
 //! kernel, `/proc/self/pagemap` tells enough for private memory: a present anonymous page that
 //! nobody else maps is the program's own; the zero page, a page shared since `fork` and a file's
-//! page are not. A page under userfaultfd write protection is not either. Where nothing is known
-//! the answer is no, and the first write faults again.
+//! page in a private mapping are not. A page of a shared mapping is whoever maps it writable. A page
+//! under userfaultfd write protection never is. Where nothing is known the answer is no, and the
+//! first write faults again.
 
+use crate::mappings;
 use rustix::fd::BorrowedFd;
 use rustix::fs::{Mode, OFlags};
 use std::os::fd::{IntoRawFd, RawFd};
@@ -27,10 +29,16 @@ static DESCRIPTOR: AtomicI32 = AtomicI32::new(NONE);
 
 /// Whether a write to the present page at `hva` would go to that very page.
 pub(crate) fn may_write_in_place(hva: u64) -> bool {
-    entry(hva).is_some_and(|entry| {
-        entry & (PRESENT | EXCLUSIVE) == PRESENT | EXCLUSIVE
-            && entry & (FILE_OR_SHARED | WRITE_PROTECTED) == 0
-    })
+    let Some(entry) = entry(hva) else {
+        return false;
+    };
+    if entry & PRESENT == 0 || entry & WRITE_PROTECTED != 0 {
+        false
+    } else if entry & FILE_OR_SHARED == 0 {
+        entry & EXCLUSIVE != 0
+    } else {
+        mappings::is_shared_and_writable(hva)
+    }
 }
 
 /// The program is closing or replacing this descriptor, which may be ours.

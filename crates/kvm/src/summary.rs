@@ -37,8 +37,8 @@ pub struct Summary {
     pub faults: [u64; 3],
     /// Faults that mapped something; that were mapped already; that were emulated memory.
     pub outcomes: [u64; 3],
-    /// Leaves mapped at the end: 4K, 2M, 1G.
-    pub pages: [u64; 3],
+    /// Leaves that faults mapped: 4K, 2M, 1G.
+    pub mapped: [u64; 3],
     /// TLB flushes of all vCPUs of a VM.
     pub tlb_flushes: u64,
     /// Guest instructions executed.
@@ -64,13 +64,6 @@ impl Summary {
         self.vms += 1;
         self.vcpus += vcpus.len() as u64;
         self.tlb_flushes += mmu.remote_tlb_flush;
-        for (sum, pages) in self
-            .pages
-            .iter_mut()
-            .zip([mmu.pages_4k, mmu.pages_2m, mmu.pages_1g])
-        {
-            *sum += pages;
-        }
         for vcpu in vcpus {
             self.add_vcpu(vcpu);
         }
@@ -158,7 +151,7 @@ impl fmt::Display for Summary {
             self.vcpus,
             self.time.as_secs_f64()
         )?;
-        write!(f, "  exits            ")?;
+        write!(f, "  exits                ")?;
         if self.exits.is_empty() {
             write!(f, "none")?;
         }
@@ -172,10 +165,13 @@ impl fmt::Display for Summary {
             f,
             "  second-stage faults  read {reads}, write {writes}, fetch {fetches} (fixed {fixed}, spurious {spurious}, emulated {emulated})"
         )?;
-        let [small, large, huge] = self.pages;
-        writeln!(f, "  mappings at end  4K {small}, 2M {large}, 1G {huge}")?;
-        writeln!(f, "  TLB flushes      {}", self.tlb_flushes)?;
-        write!(f, "  instructions     {}", self.instructions)?;
+        let [small, large, huge] = self.mapped;
+        writeln!(
+            f,
+            "  mappings made        4K {small}, 2M {large}, 1G {huge}"
+        )?;
+        writeln!(f, "  TLB flushes          {}", self.tlb_flushes)?;
+        write!(f, "  instructions         {}", self.instructions)?;
         if !self.time.is_zero() && self.instructions != 0 {
             let rate = self.instructions as f64 / self.time.as_secs_f64() / 1e6;
             write!(f, " ({rate:.1} million a second)")?;

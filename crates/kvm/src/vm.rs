@@ -7,7 +7,7 @@ use crate::irqchip::{Irqchip, Model};
 use crate::second_stage::{Kind, Tables};
 use crate::summary;
 use crate::sync::{Mutex, ProcessMutex};
-use crate::vcpu::{Vcpu, VcpuCore, check_tsc_khz};
+use crate::vcpu::{Vcpu, VcpuCore};
 use crate::{cpuid, tsc};
 use kvm_bindings as kvm;
 use kvm_bindings::{
@@ -57,6 +57,8 @@ pub struct Vm {
     unknown_msr_exits: AtomicBool,
     hypercall_exits: AtomicU32,
     pit: AtomicBool,
+    /// 0 for the host's rate.
+    tsc_khz: AtomicU32,
     /// Nanoseconds to add to the time since `started`; wraps.
     clock_offset: AtomicU64,
 }
@@ -96,6 +98,7 @@ impl Vm {
             unknown_msr_exits: AtomicBool::new(false),
             hypercall_exits: AtomicU32::new(0),
             pit: AtomicBool::new(false),
+            tsc_khz: AtomicU32::new(0),
             clock_offset: AtomicU64::new(0),
         });
         summary::begin();
@@ -439,20 +442,27 @@ impl Vm {
         self.buses.ioeventfd(request)
     }
 
-    /// `KVM_GET_TSC_KHZ`
+    /// `KVM_GET_TSC_KHZ` on a VM: the rate of the vCPUs that will be created.
     pub fn get_tsc_khz(&self) -> u32 {
-        tsc::khz()
+        match self.tsc_khz.load(Ordering::Relaxed) {
+            0 => tsc::khz(),
+            khz => khz,
+        }
     }
 
     /// `KVM_SET_TSC_KHZ` on a VM.
     ///
     /// # Errors
-    /// `EINVAL` once there are vCPUs, and for a rate that is not the host's.
+    /// `EINVAL` once there are vCPUs, and for a rate that the multiplier cannot express.
     pub fn set_tsc_khz(&self, khz: u32) -> Result<(), Errno> {
         if self.has_vcpus() {
             return Err(Errno::INVAL);
         }
-        check_tsc_khz(khz)
+        if khz != 0 && tsc::multiplier(khz).is_none() {
+            return Err(Errno::INVAL);
+        }
+        self.tsc_khz.store(khz, Ordering::Relaxed);
+        Ok(())
     }
 
     /// `KVM_GET_CLOCK`: nanoseconds that the VM has lived, as the program set it.

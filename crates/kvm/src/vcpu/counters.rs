@@ -53,6 +53,8 @@ pub(crate) struct Counters {
     pub(crate) read_faults: Counter,
     pub(crate) write_faults: Counter,
     pub(crate) fetch_faults: Counter,
+    /// Leaves that faults mapped: 4K, 2M, 1G.
+    pub(crate) mapped: [Counter; 3],
     /// From the processor, copied at each return to the program.
     pub(crate) instructions: Counter,
     pub(crate) tlb_flush: Counter,

@@ -69,6 +69,7 @@ pub(crate) struct VcpuState {
     /// The exception that waits has been injected, rather than being pending.
     exception_injected: bool,
     signal_mask: Option<u64>,
+    tsc_khz: u32,
     /// Where host memory vanished last, and how many instructions had been executed then.
     last_host_fault: Option<(u64, u64)>,
 }
@@ -79,7 +80,9 @@ impl VcpuCore {
         let (run, file) = RunPage::new(id)?;
         let mut cpu = Cpu::new(Arc::clone(vm.machine()), index);
         let mut msrs = cpu.msrs();
-        msrs.tsc_offset = 0_u64.wrapping_sub(tsc::now());
+        let tsc_khz = vm.get_tsc_khz();
+        msrs.tsc_multiplier = tsc::multiplier(tsc_khz).unwrap_or(tsc::HOST_RATE);
+        msrs.set_tsc(0);
         cpu.set_msrs(&msrs);
         let is_bsp = id == vm.boot_cpu_id();
         let irqchip = vm.irqchip_model();
@@ -99,6 +102,7 @@ impl VcpuCore {
             stored_msrs: msr::Stored::default(),
             exception_injected: false,
             signal_mask: None,
+            tsc_khz,
             last_host_fault: None,
             cpu,
         };
@@ -405,32 +409,29 @@ impl Vcpu {
 
     /// `KVM_GET_TSC_KHZ`
     pub fn get_tsc_khz(&self) -> u32 {
-        tsc::khz()
+        self.state().tsc_khz
     }
 
-    /// `KVM_SET_TSC_KHZ`. The counter runs at the host's rate, so only rates that differ from it by
-    /// no more than 250 parts in a million are accepted, and 0 for the host's.
+    /// `KVM_SET_TSC_KHZ`: 0 asks for the host's rate. The counter goes on from its present value.
     ///
     /// # Errors
-    /// `EINVAL` for another rate.
+    /// `EINVAL` for a rate that the multiplier cannot express.
     pub fn set_tsc_khz(&self, khz: u32) -> Result<(), Errno> {
-        check_tsc_khz(khz)
+        let khz = if khz == 0 { tsc::khz() } else { khz };
+        let multiplier = tsc::multiplier(khz).ok_or(Errno::INVAL)?;
+        let mut state = self.state();
+        let mut msrs = state.cpu.msrs();
+        let now = msrs.tsc();
+        msrs.tsc_multiplier = multiplier;
+        msrs.set_tsc(now);
+        state.cpu.set_msrs(&msrs);
+        state.tsc_khz = khz;
+        Ok(())
     }
 
     /// `KVM_SET_SIGNAL_MASK`: the signals that are blocked while the vCPU runs, or `None` for the
     /// thread's own.
     pub fn set_signal_mask(&self, mask: Option<u64>) {
         self.state().signal_mask = mask;
-    }
-}
-
-/// Whether the guest's counter can run at this rate.
-pub(crate) fn check_tsc_khz(khz: u32) -> Result<(), Errno> {
-    let host = tsc::khz();
-    let tolerance = u64::from(host) * 250 / 1_000_000;
-    if khz == 0 || u64::from(khz.abs_diff(host)) <= tolerance {
-        Ok(())
-    } else {
-        Err(Errno::INVAL)
     }
 }

@@ -1,7 +1,6 @@
 //! Model-specific registers: `KVM_GET_MSRS`, `KVM_SET_MSRS`, and RDMSR and WRMSR of the guest.
 
 use super::VcpuState;
-use crate::tsc;
 use twofold_cpu::Msrs;
 use twofold_cpu::state::{cr0, efer};
 
@@ -269,7 +268,7 @@ impl VcpuState {
 fn set_instruction_msr(msrs: &mut Msrs, index: u32, value: u64) -> bool {
     let slot = match index {
         IA32_TSC => {
-            msrs.tsc_offset = value.wrapping_sub(tsc::now());
+            msrs.set_tsc(value);
             return true;
         }
         IA32_SYSENTER_CS => &mut msrs.sysenter_cs,

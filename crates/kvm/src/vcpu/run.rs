@@ -406,7 +406,12 @@ impl Vcpu {
             .pf_mmio_spte_created
             .set(resolved.pf_mmio_spte_created);
         match outcome {
-            Ok(Outcome::Fixed { .. }) => counters.pf_fixed.increment(),
+            Ok(Outcome::Fixed { level }) => {
+                counters.pf_fixed.increment();
+                if let Some(mapped) = counters.mapped.get(usize::from(level.number()) - 1) {
+                    mapped.increment();
+                }
+            }
             Ok(Outcome::Spurious) => counters.pf_spurious.increment(),
             Ok(Outcome::Retry) => {}
             Ok(Outcome::ObsoleteRoot) => state.root = None,
