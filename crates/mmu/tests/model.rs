@@ -3,6 +3,8 @@
 //! holds. Over EPT and NPT, with table pages at and away from their host-physical addresses, and
 //! with allocations that fail.
 
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
+
 mod common;
 
 use common::{Found, HostState, Processor, TestHost, World, region, walk};

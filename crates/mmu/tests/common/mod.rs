@@ -2,6 +2,7 @@
 //! an offset from their host-physical addresses, and a processor that walks the tables knowing only
 //! `twofold-arch`.
 
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
 #![allow(unreachable_pub, reason = "a module of several tests")]
 #![allow(dead_code, reason = "each test uses a part")]
 #![allow(
