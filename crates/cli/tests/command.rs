@@ -1,5 +1,7 @@
 //! The command as its user meets it: what it prints, and its exit status.
 
+#![expect(clippy::unwrap_used, reason = "a helper that fails fails its test")]
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};

@@ -7,14 +7,14 @@
 //!
 //! | module | calls |
 //! |---|---|
-//! | [`files`] | `open`, `fopen`, `access`, `stat` and their variants |
-//! | [`control`] | `ioctl` |
-//! | [`descriptors`] | `close`, `dup`, `fcntl` and their variants |
-//! | [`transfers`] | `read`, `write` and their variants |
-//! | [`memory`] | `mmap`, `munmap`, `madvise`, `ftruncate` and what else changes memory |
-//! | [`handlers`] | `sigaction`, `signal`: handlers wait until `KVM_RUN` has returned ([`signals`]) |
-//! | [`faults`] | SIGSEGV and SIGBUS: those of guest accesses end in an error, not in a signal |
-//! | [`inline`] | `syscall`, for all of the above |
+//! | `files` | `open`, `fopen`, `access`, `stat` and their variants |
+//! | `control` | `ioctl` |
+//! | `descriptors` | `close`, `dup`, `fcntl` and their variants |
+//! | `transfers` | `read`, `write` and their variants |
+//! | `memory` | `mmap`, `munmap`, `madvise`, `ftruncate` and what else changes memory |
+//! | `handlers` | `sigaction`, `signal`: handlers wait until `KVM_RUN` has returned (`signals`) |
+//! | `faults` | SIGSEGV and SIGBUS: those of guest accesses end in an error, not in a signal |
+//! | `inline` | `syscall`, for all of the above |
 //!
 //! Calls that libc makes within itself, and system calls that a program makes without libc, are
 //! not seen.

@@ -4,6 +4,12 @@
 //! run without it where this machine has a usable `/dev/kvm`: what they expect must be what KVM
 //! does.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a helper that fails fails its test"
+)]
+
 use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::File;
