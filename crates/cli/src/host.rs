@@ -117,6 +117,13 @@ pub(crate) fn needs() -> Vec<Need> {
                       system call in the container's seccomp profile.",
         },
         Need {
+            name: "process_vm_readv and _writev",
+            present: can_copy_safely(),
+            required: true,
+            without: "the pointers that come with ioctls cannot be followed safely. Allow the \
+                      system calls in the container's seccomp profile.",
+        },
+        Need {
             name: "/proc/self/pagemap",
             present: rustix::fs::open("/proc/self/pagemap", OFlags::RDONLY, Mode::empty()).is_ok(),
             required: false,
@@ -146,6 +153,24 @@ fn can_populate() -> bool {
         let _ = rustix::mm::munmap(page, PAGE);
         populated
     }
+}
+
+/// Copies a byte within this process, there and back.
+fn can_copy_safely() -> bool {
+    let mut bytes = [1_u8, 2];
+    let [first, second] = &mut bytes;
+    let process = rustix::process::getpid().as_raw_pid();
+    let vector = |byte: *mut u8| libc::iovec {
+        iov_base: byte.cast(),
+        iov_len: 1,
+    };
+    let (local, remote) = (vector(first), vector(second));
+    // SAFETY: both vectors name one byte of this function's.
+    let copied = unsafe {
+        libc::process_vm_readv(process, &raw const local, 1, &raw const remote, 1, 0) == 1
+            && libc::process_vm_writev(process, &raw const local, 1, &raw const remote, 1, 0) == 1
+    };
+    copied && bytes == [2, 2]
 }
 
 /// `struct pm_scan_arg` of `linux/fs.h`.
