@@ -56,7 +56,11 @@ fn main() {
         ),
     ];
     for (name, code) in kernels {
-        let rounds = if name == "string" { 100_000 } else { 10_000_000 };
+        let rounds = if name == "string" {
+            100_000
+        } else {
+            10_000_000
+        };
         // The best of three.
         let (instructions, nanoseconds) = (0..3)
             .map(|_| measure(code, rounds))
@@ -72,7 +76,10 @@ fn main() {
 
 /// CPU time of this thread: what others do on a shared machine counts less.
 fn thread_nanoseconds() -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     // SAFETY: writes to a local.
     unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
@@ -102,7 +109,10 @@ fn measure(code: &[u8], rounds: u64) -> (u64, f64) {
     put(tables, (tables + 0x1000) | 7);
     put(tables + 0x1000, (tables + 0x2000) | 7);
     for page in 0..MEMORY >> 21 {
-        put(tables + 0x2000 + page * 8, (base + (page << 21)) | 7 | 6 << 3 | 1 << 7);
+        put(
+            tables + 0x2000 + page * 8,
+            (base + (page << 21)) | 7 | 6 << 3 | 1 << 7,
+        );
     }
     // The guest's tables at 0x1000.
     put(base + 0x1000, 0x2003);
@@ -116,7 +126,11 @@ fn measure(code: &[u8], rounds: u64) -> (u64, f64) {
     }
     let machine = Machine::new(MachineConfig::default());
     let mut cpu = Cpu::new(Arc::clone(&machine), 0);
-    cpu.set_second_stage(SecondStage::Ept(Eptp::new(Hpa::new(tables), Level::L512G, true)));
+    cpu.set_second_stage(SecondStage::Ept(Eptp::new(
+        Hpa::new(tables),
+        Level::L512G,
+        true,
+    )));
     let data = Segment {
         selector: 0x10,
         limit: u32::MAX,
@@ -127,7 +141,12 @@ fn measure(code: &[u8], rounds: u64) -> (u64, f64) {
         ..Segment::default()
     };
     cpu.set_system_registers(&SystemRegisters {
-        cs: Segment { selector: 8, kind: 11, long: true, ..data },
+        cs: Segment {
+            selector: 8,
+            kind: 11,
+            long: true,
+            ..data
+        },
         ds: data,
         es: data,
         ss: data,
@@ -137,7 +156,11 @@ fn measure(code: &[u8], rounds: u64) -> (u64, f64) {
         efer: 0xd00,
         ..SystemRegisters::reset()
     });
-    let mut registers = Registers { rip: CODE, rflags: 2, ..Registers::default() };
+    let mut registers = Registers {
+        rip: CODE,
+        rflags: 2,
+        ..Registers::default()
+    };
     registers.gpr[4] = STACK;
     registers.gpr[14] = DATA;
     registers.gpr[15] = rounds;
@@ -146,7 +169,11 @@ fn measure(code: &[u8], rounds: u64) -> (u64, f64) {
     let start = thread_nanoseconds();
     let exit = cpu.run();
     let elapsed = thread_nanoseconds() - start;
-    assert!(matches!(exit, Exit::Halt), "{exit:?} at {:#x}", cpu.registers().rip);
+    assert!(
+        matches!(exit, Exit::Halt),
+        "{exit:?} at {:#x}",
+        cpu.registers().rip
+    );
     // SAFETY: the processor is dropped with this frame and runs no more.
     unsafe { libc::munmap(arena, length) };
     (cpu.counters().instructions - before, elapsed as f64)

@@ -244,12 +244,13 @@ mod tests {
         let signed = op(i32::from(a as i8), i32::from(b as i8));
         let low = op(i32::from(a & 15), i32::from(b & 15));
         let r = wide as u8;
-        u64::from(!(0..=255).contains(&wide)) * CF
-            | u64::from(r.count_ones() % 2 == 0) * PF
-            | u64::from(!(0..=15).contains(&low)) * AF
-            | u64::from(r == 0) * ZF
-            | u64::from(r >= 128) * SF
-            | u64::from(!(-128..=127).contains(&signed)) * OF
+        let flag = |on: bool, bit: u64| if on { bit } else { 0 };
+        flag(!(0..=255).contains(&wide), CF)
+            | flag(r.count_ones().is_multiple_of(2), PF)
+            | flag(!(0..=15).contains(&low), AF)
+            | flag(r == 0, ZF)
+            | flag(r >= 128, SF)
+            | flag(!(-128..=127).contains(&signed), OF)
     }
 
     #[test]

@@ -86,7 +86,11 @@ impl BlockCache {
     /// Notes that `from` was followed by the block at `ip`.
     pub(crate) fn link(&self, from: &Block, context: u64, ip: u64, epoch: u64) {
         if let Some(index) = self.table.get(hash(context, ip)) {
-            from.links[usize::from(ip != from.next_ip)].set(Link { ip, epoch, index: *index });
+            from.links[usize::from(ip != from.next_ip)].set(Link {
+                ip,
+                epoch,
+                index: *index,
+            });
         }
     }
 

@@ -187,8 +187,6 @@ pub(crate) struct Core {
     pub(crate) line: Arc<Line>,
     /// What all processors of a virtual machine share.
     pub(crate) machine: Arc<Machine>,
-    /// Number of this processor.
-    pub(crate) index: u32,
 }
 
 impl Core {

@@ -111,7 +111,6 @@ impl Cpu {
             counters: Counters::default(),
             line,
             machine,
-            index,
         };
         let mut cpu = Self {
             core,

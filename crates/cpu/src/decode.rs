@@ -45,7 +45,10 @@ pub fn executes(instruction: &Instruction, bitness: u32) -> bool {
         .with(Mode::CODE64, bitness == 64)
         .with(Mode::CODE32, bitness == 32)
         .with(Mode::STACK32, bitness == 32)
-        .with(Mode::USER.with(Mode::SSE, true).with(Mode::PROTECTED, true), true);
+        .with(
+            Mode::USER.with(Mode::SSE, true).with(Mode::PROTECTED, true),
+            true,
+        );
     select(&Form::new(*instruction, mode)).is_some()
 }
 

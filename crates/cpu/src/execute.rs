@@ -74,7 +74,11 @@ fn run_blocks(core: &mut Core, blocks: &BlockCache) -> Pause {
         for (index, op) in block.ops.iter().enumerate() {
             if let Err(trap) = (op.run)(core, op) {
                 core.counters.instructions += index as u64;
-                return Pause::Trapped { trap, ip: block.ip, index };
+                return Pause::Trapped {
+                    trap,
+                    ip: block.ip,
+                    index,
+                };
             }
             if core.stop {
                 // The next instruction is the one behind this, unless this was the last.

@@ -70,12 +70,12 @@ impl Flags {
 
     /// The arithmetic flags in their places.
     pub(crate) fn arithmetic(&self) -> u64 {
-        u64::from(self.cf()) * rflags::CF
-            | u64::from(self.pf()) * rflags::PF
-            | u64::from(self.af()) * rflags::AF
-            | u64::from(self.zf()) * rflags::ZF
-            | u64::from(self.sf()) * rflags::SF
-            | u64::from(self.of()) * rflags::OF
+        (u64::from(self.cf()) * rflags::CF)
+            | (u64::from(self.pf()) * rflags::PF)
+            | (u64::from(self.af()) * rflags::AF)
+            | (u64::from(self.zf()) * rflags::ZF)
+            | (u64::from(self.sf()) * rflags::SF)
+            | (u64::from(self.of()) * rflags::OF)
     }
 
     /// Replaces the arithmetic flags.
@@ -135,7 +135,7 @@ impl Flags {
 
     /// Replaces ZF and keeps all else.
     pub(crate) fn set_zf(&mut self, zf: bool) {
-        let image = self.arithmetic() & !rflags::ZF | u64::from(zf) * rflags::ZF;
+        let image = self.arithmetic() & !rflags::ZF | (u64::from(zf) * rflags::ZF);
         self.set_arithmetic(image);
     }
 

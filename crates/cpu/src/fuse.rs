@@ -20,7 +20,12 @@ pub(crate) fn fuse(first: &Form, first_op: &Op, branch: &Form, branch_op: &Op) -
     }
     let run = select(first, branch)?;
     // There is no memory operand, so its displacement can hold the branch's target.
-    Some(Op { run, disp: branch_op.imm, len: first_op.len + branch_op.len, ..*first_op })
+    Some(Op {
+        run,
+        disp: branch_op.imm,
+        len: first_op.len + branch_op.len,
+        ..*first_op
+    })
 }
 
 fn select(first: &Form, branch: &Form) -> Option<Handler> {

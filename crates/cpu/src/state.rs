@@ -336,7 +336,7 @@ impl Msrs {
         if self.tsc_multiplier == 1 << 48 {
             host
         } else {
-            (u128::from(host) * u128::from(self.tsc_multiplier) >> 48) as u64
+            ((u128::from(host) * u128::from(self.tsc_multiplier)) >> 48) as u64
         }
     }
 

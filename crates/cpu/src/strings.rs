@@ -112,7 +112,11 @@ impl Core {
     ) -> Option<u64> {
         let mask = op.address_mask();
         let i = usize::from(segment & 7);
-        let window = if write { self.writable[i] } else { self.readable[i] };
+        let window = if write {
+            self.writable[i]
+        } else {
+            self.readable[i]
+        };
         let offset = offset & mask;
         let last = offset.checked_add(bytes - 1)?;
         if last > mask || offset < window.low || last > window.high {
@@ -136,10 +140,16 @@ impl Core {
 
 impl Iteration for Move {
     fn many<T: Int>(core: &mut Core, op: &Op, count: u64) -> Result<u64, Trap> {
-        let Some(bytes) = core.bytes_at_once(count, T::BYTES) else { return Ok(0) };
+        let Some(bytes) = core.bytes_at_once(count, T::BYTES) else {
+            return Ok(0);
+        };
         let (rsi, rdi) = (core.regs[gpr::RSI], core.regs[gpr::RDI]);
-        let Some(from) = core.string_span(op, op.seg, rsi, bytes, false) else { return Ok(0) };
-        let Some(to) = core.string_span(op, seg::ES, rdi, bytes, true) else { return Ok(0) };
+        let Some(from) = core.string_span(op, op.seg, rsi, bytes, false) else {
+            return Ok(0);
+        };
+        let Some(to) = core.string_span(op, seg::ES, rdi, bytes, true) else {
+            return Ok(0);
+        };
         let done = core.copy_span(to, from, bytes, T::BYTES)?;
         if done == 0 {
             // Not even the upper halves of the registers change.
@@ -164,9 +174,13 @@ impl Iteration for Move {
 
 impl Iteration for Fill {
     fn many<T: Int>(core: &mut Core, op: &Op, count: u64) -> Result<u64, Trap> {
-        let Some(bytes) = core.bytes_at_once(count, T::BYTES) else { return Ok(0) };
+        let Some(bytes) = core.bytes_at_once(count, T::BYTES) else {
+            return Ok(0);
+        };
         let rdi = core.regs[gpr::RDI];
-        let Some(to) = core.string_span(op, seg::ES, rdi, bytes, true) else { return Ok(0) };
+        let Some(to) = core.string_span(op, seg::ES, rdi, bytes, true) else {
+            return Ok(0);
+        };
         let done = core.fill_span(to, core.regs[gpr::RAX], T::BYTES, bytes)?;
         if done == 0 {
             return Ok(0);
