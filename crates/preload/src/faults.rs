@@ -37,8 +37,11 @@ pub(crate) fn install() {
         if unsafe { real::sigaction(signal, &raw const ours, before.as_mut_ptr()) } == 0 {
             // SAFETY: all its fields are integers.
             handlers::record_fault_handler(signal, unsafe { before.assume_init() });
+        } else {
+            return;
         }
     }
+    abi::faults_are_handled();
 }
 
 extern "C" fn faulted(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
