@@ -9,7 +9,9 @@ pub use crate::vcpu::{RunSignals, register_run_signals};
 pub use rustix::io::Errno;
 
 use crate::object::Object;
-use crate::{descriptor, fd_table, fork, ioctl as table, module_file, pagemap, shared, vcpu};
+use crate::{
+    descriptor, fd_table, fork, ioctl as table, module_file, pagemap, shared, vanishing, vcpu,
+};
 use rustix::mm::ProtFlags;
 use std::ffi::{CStr, c_int};
 use std::os::fd::RawFd;
@@ -167,6 +169,12 @@ pub fn interrupt_current_run() -> bool {
 /// memory. Async-signal-safe.
 pub fn in_guest_access_fixup(rip: usize, _address: usize) -> Option<usize> {
     twofold_cpu::fixup(rip)
+}
+
+/// A handler of SIGSEGV and SIGBUS that asks [`in_guest_access_fixup`] is installed and stays: from
+/// now on memory that may not be there is accessed without asking the kernel first.
+pub fn faults_are_handled() {
+    vanishing::set_survived();
 }
 
 /// In the child of a fork that ran no `pthread_atfork` handlers (a raw `clone`): the parent's VMs

@@ -6,6 +6,7 @@
 
 use crate::pagemap;
 use crate::table_pool::TablePool;
+use crate::vanishing;
 use rustix::io::Errno;
 use rustix::mm::Advice;
 use std::ptr::NonNull;
@@ -52,14 +53,7 @@ unsafe impl Host for ProcessMemory {
     }
 
     fn populate(&self, hva: u64, write: bool) -> Result<HostPage, PopulateError> {
-        populate(
-            hva,
-            if write {
-                Advice::LinuxPopulateWrite
-            } else {
-                Advice::LinuxPopulateRead
-            },
-        )?;
+        make_present(hva, write)?;
         let writable = write || pagemap::may_write_in_place(hva);
         Ok(HostPage {
             hpa: Hpa::new(hva),
@@ -83,6 +77,27 @@ unsafe impl Host for ProcessMemory {
 
 /// Makes one page of the program present, for reading or for writing. Waits for a userfaultfd
 /// handler where one is registered.
+fn make_present(hva: u64, write: bool) -> Result<(), PopulateError> {
+    if vanishing::is_survived() {
+        #[expect(unsafe_code)] // UNSAFETY: accesses the program's memory.
+        // SAFETY: the handler is installed, and slots are described for guests to access.
+        let touched = unsafe { twofold_cpu::process::touch(hva as usize, write) };
+        if touched.is_ok() {
+            return Ok(());
+        }
+    }
+    populate(
+        hva,
+        if write {
+            Advice::LinuxPopulateWrite
+        } else {
+            Advice::LinuxPopulateRead
+        },
+    )
+}
+
+/// Asks the kernel to make a page present, and learns why if it cannot.
+#[cold]
 fn populate(hva: u64, advice: Advice) -> Result<(), PopulateError> {
     let address = std::ptr::with_exposed_provenance_mut(hva as usize);
     #[expect(unsafe_code)] // UNSAFETY: madvise is unsafe for the sake of other kinds of advice.

@@ -34,6 +34,7 @@ mod sync;
 mod table_pool;
 mod tsc;
 mod usercopy;
+mod vanishing;
 mod vcpu;
 mod vm;
 

@@ -1,12 +1,14 @@
 //! Copies between the program's memory and ours.
 //!
-//! A pointer that comes with an ioctl may point anywhere. The copies go through
-//! `process_vm_readv` and `process_vm_writev` on this very process, which answer `EFAULT` where a
+//! A pointer that comes with an ioctl may point anywhere. The copies survive that: by the landing
+//! places of the processor's own accesses where a handler of SIGSEGV is installed, else through
+//! `process_vm_readv` and `process_vm_writev` on this very process. Both answer `EFAULT` where a
 //! plain access would fault, as the kernel's own copies do. A struct is copied in once, before
 //! anything of it is looked at, so that a program that changes it meanwhile changes nothing.
 #![expect(unsafe_code)]
 // UNSAFETY: vouches for which types are plain bytes, and calls process_vm_readv and _writev.
 
+use crate::vanishing;
 use kvm_bindings as kvm;
 use rustix::io::Errno;
 use std::mem::{MaybeUninit, size_of};
@@ -99,6 +101,12 @@ pub(crate) fn write_slice<T: Plain>(address: usize, values: &[T]) -> Result<(), 
     if length == 0 {
         return Ok(());
     }
+    if vanishing::is_survived() {
+        // SAFETY: the handler is installed; the program asked to have these bytes written there.
+        let copied =
+            unsafe { twofold_cpu::process::copy_out(address, values.as_ptr().cast(), length) };
+        return copied.map_err(|_| Errno::FAULT);
+    }
     let local = libc::iovec {
         iov_base: values.as_ptr().cast_mut().cast(),
         iov_len: length,
@@ -115,6 +123,12 @@ pub(crate) fn write_slice<T: Plain>(address: usize, values: &[T]) -> Result<(), 
 fn read_bytes(address: usize, to: *mut u8, length: usize) -> Result<(), Errno> {
     if length == 0 {
         return Ok(());
+    }
+    if vanishing::is_survived() {
+        // SAFETY: the handler is installed; `to` has room for `length` bytes, by this function's
+        // two callers.
+        let copied = unsafe { twofold_cpu::process::copy_in(to, address, length) };
+        return copied.map_err(|_| Errno::FAULT);
     }
     let local = libc::iovec {
         iov_base: to.cast(),

@@ -11,6 +11,7 @@ pub(crate) mod code;
 mod data;
 mod fetch;
 mod mmio;
+pub mod process;
 mod span;
 mod stage1;
 mod stage2;
