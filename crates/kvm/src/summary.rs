@@ -88,6 +88,9 @@ impl Summary {
         for (sum, counter) in self.outcomes.iter_mut().zip(outcomes) {
             *sum += counter.get();
         }
+        for (sum, counter) in self.mapped.iter_mut().zip(&counters.mapped) {
+            *sum += counter.get();
+        }
         for (reason, name) in EXIT_NAMES {
             let count = counters.returns.get(*reason);
             if count == 0 {
