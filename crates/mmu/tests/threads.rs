@@ -21,7 +21,7 @@ const COMES_PAGES: u64 = 16;
 const HVA: u64 = 0x5000_0000;
 const HVA_COMES: u64 = 0x6000_0000;
 /// Rounds of changes; each waits for both processors a few times.
-const ROUNDS: u64 = 60;
+const ROUNDS: u64 = 2000;
 
 /// What other threads see of a virtual processor.
 #[derive(Default)]
@@ -29,6 +29,15 @@ struct Line {
     in_guest: AtomicBool,
     flush: AtomicBool,
     accesses: AtomicU64,
+}
+
+/// Leaves guest mode for good, also when the test fails: nobody must wait for this processor.
+struct Leave<'a>(&'a Line);
+
+impl Drop for Leave<'_> {
+    fn drop(&mut self) {
+        self.0.in_guest.store(false, SeqCst);
+    }
 }
 
 /// Host memory: whether a page is there, and how often the guest has written it.
@@ -55,6 +64,7 @@ fn number(hva: u64) -> usize {
 impl<F: Processor> Machine<F> {
     fn new(zap_all: bool) -> Self {
         let world = World::new(0x7000_0000_0000);
+        world.slow_populate.store(5, SeqCst);
         let lines: Arc<[Line; 2]> = Arc::default();
         let flushed = Arc::clone(&lines);
         *world.on_flush.lock().unwrap() = Some(Arc::new(move || {
@@ -95,10 +105,12 @@ impl<F: Processor> Machine<F> {
 
     fn run_guest(&self, index: usize) {
         let line = &self.lines[index];
+        let _leave = Leave(line);
         let mut reader = self.mmu.reader();
         let mut root = self.mmu.load_root(RootRole::NORMAL).unwrap();
         let mut tlb: HashMap<u64, (u64, bool)> = HashMap::new();
         let mut random = 0x9e37_79b9_7f4a_7c15u64.wrapping_mul(index as u64 + 1);
+        let mut again = false;
         while !self.stop.load(SeqCst) {
             line.in_guest.store(true, SeqCst);
             let (gpa, write, present) = loop {
@@ -106,9 +118,14 @@ impl<F: Processor> Machine<F> {
                     tlb.clear();
                     line.flush.store(false, SeqCst);
                 }
-                random = random
-                    .wrapping_mul(6_364_136_223_846_793_005)
-                    .wrapping_add(1);
+                // After a fault the same access is made again.
+                if again {
+                    again = false;
+                } else {
+                    random = random
+                        .wrapping_mul(6_364_136_223_846_793_005)
+                        .wrapping_add(1);
+                }
                 let choice = random >> 33;
                 let gfn = match choice % 8 {
                     0 => COMES[0] + choice / 8 % (COMES_PAGES + 4),
@@ -149,10 +166,11 @@ impl<F: Processor> Machine<F> {
                 }
             };
             line.in_guest.store(false, SeqCst);
-            self.handle_fault(&mut reader, &mut root, gpa, write, present, &mut tlb);
+            again = self.handle_fault(&mut reader, &mut root, gpa, write, present, &mut tlb);
         }
     }
 
+    /// Whether the access can be made now.
     fn handle_fault(
         &self,
         reader: &mut twofold_mmu::Reader,
@@ -161,7 +179,7 @@ impl<F: Processor> Machine<F> {
         write: bool,
         present: bool,
         tlb: &mut HashMap<u64, (u64, bool)>,
-    ) {
+    ) -> bool {
         let mut error = if write { Pferr::WRITE } else { Pferr::USER };
         if present {
             error |= Pferr::PRESENT;
@@ -178,10 +196,13 @@ impl<F: Processor> Machine<F> {
                     !(STAYS..STAYS + PAGES).contains(&gfn),
                     "{gfn:#x} lost its slot"
                 );
+                return false;
             }
-            Ok(_) | Err(FaultError::BadHostMemory) => {}
+            Ok(_) => {}
+            Err(FaultError::BadHostMemory) => return false,
             Err(error) => panic!("{error}"),
         }
+        true
     }
 
     /// Pages of the slot that stays vanish and come back, in ranges.
@@ -193,7 +214,7 @@ impl<F: Processor> Machine<F> {
         let count = (*random >> 20) % 40 + 1;
         let end = (first + count).min(PAGES);
         let hva = HVA + first * 4096..HVA + end * 4096;
-        let _change = self.mmu.host_change(hva.clone());
+        let _change = self.mmu.host_change(hva);
         let mut memory = self.world.memory.lock().unwrap();
         for page in first..end {
             self.pages[page as usize].there.store(0, SeqCst);
@@ -205,7 +226,7 @@ impl<F: Processor> Machine<F> {
             memory.insert((HVA >> 12) + page, gone);
         }
         drop(memory);
-        std::thread::yield_now();
+        std::thread::sleep(std::time::Duration::from_micros(300));
         let mut memory = self.world.memory.lock().unwrap();
         for page in first..end {
             self.pages[page as usize].there.store(1, SeqCst);

@@ -45,6 +45,9 @@ pub struct World {
     /// Pages that are not as usual; usual is present, writable, at a frame that follows from hva.
     pub memory: Mutex<HashMap<u64, HostState>>,
     pub level: Mutex<Level>,
+    /// Every so many calls, `populate` takes its time after it has found a page.
+    pub slow_populate: AtomicU64,
+    populated: AtomicU64,
     pub on_flush: Mutex<Option<Arc<dyn Fn() + Send + Sync>>>,
 }
 
@@ -65,6 +68,8 @@ impl World {
             barriers: AtomicU64::new(0),
             memory: Mutex::default(),
             level: Mutex::new(Level::L4K),
+            slow_populate: AtomicU64::new(u64::MAX),
+            populated: AtomicU64::new(0),
             on_flush: Mutex::default(),
         })
     }
@@ -142,6 +147,10 @@ unsafe impl Host for TestHost {
         let state = self.0.host_state(hva);
         if !state.present || write && !state.writable {
             return Err(PopulateError::Fault);
+        }
+        let count = self.0.populated.fetch_add(1, Ordering::Relaxed);
+        if (count + 1).is_multiple_of(self.0.slow_populate.load(Ordering::Relaxed)) {
+            std::thread::sleep(std::time::Duration::from_micros(200));
         }
         Ok(HostPage {
             hpa: Hpa::new(state.frame << 12),
