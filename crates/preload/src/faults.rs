@@ -80,6 +80,7 @@ fn chain(signal: c_int, info: *mut siginfo_t, context: *mut c_void, by_kernel: b
                 handlers::reset(signal);
             }
             raw::block(mask_of(signal, &action));
+            signals::mask_changed();
             signals::call(handler, signal, info, context);
         }
     }

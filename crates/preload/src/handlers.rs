@@ -102,14 +102,20 @@ impl Table {
             // The handler of faults is there already and stays.
             return 0;
         }
-        let ours = Action {
+        let mut ours = Action {
             sa_sigaction: signals::arrived as *const () as usize,
-            // SA_RESETHAND is done by `signals::arrived`: the kernel would do it when a signal is deferred.
+            // SA_RESETHAND is done by `signals::arrived`, since the kernel would do it when a
+            // signal is deferred.
             sa_flags: (action.sa_flags | libc::SA_SIGINFO) & !libc::SA_RESETHAND,
             ..action
         };
-        // SAFETY: It is a handler that can run at any time.
-        unsafe { real::sigaction(signal, &raw const ours, ptr::null_mut()) }
+        // SAFETY: a set of signals of this function's; a handler that can run at any time.
+        unsafe {
+            // A handler may call KVM, whose accesses may fault.
+            libc::sigdelset(&raw mut ours.sa_mask, SIGSEGV);
+            libc::sigdelset(&raw mut ours.sa_mask, SIGBUS);
+            real::sigaction(signal, &raw const ours, ptr::null_mut())
+        }
     }
 
     /// Gives the kernel the program's own disposition, which needs nothing of us.
@@ -148,6 +154,11 @@ impl Drop for Table {
 /// Whether the program may handle `signal`.
 fn can_be_handled(signal: c_int) -> bool {
     raw::bit(signal) & !NO_HANDLER != 0
+}
+
+/// Whether [`take_over`] has begun.
+pub(crate) fn are_taken_over() -> bool {
+    ACTIVE.load(Ordering::Relaxed)
 }
 
 /// From now on the handlers of the program are ours to call, beginning with those that are

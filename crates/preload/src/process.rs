@@ -45,6 +45,7 @@ fn first_use() {
     watch_for_fork();
     faults::install();
     handlers::take_over();
+    abi::faults_are_handled();
     abi::register_run_signals(&signals::MaskedRun);
     IN_USE.store(true, Ordering::Release);
     tracing::debug!("the program opened /dev/kvm");

@@ -98,6 +98,11 @@ pub(crate) fn block(mask: Mask) -> Mask {
     change_mask(libc::SIG_BLOCK, Some(mask))
 }
 
+/// Unblocks the signals in `mask`.
+pub(crate) fn unblock(mask: Mask) {
+    change_mask(libc::SIG_UNBLOCK, Some(mask));
+}
+
 /// The thread's signal mask.
 #[inline]
 pub(crate) fn mask() -> Mask {

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 
 use libc::{
     FILE, c_char, c_int, c_uint, c_ulong, c_void, iovec, mode_t, off_t, sigaction as Action,
-    stat as Stat, statx as Statx,
+    sigset_t, stat as Stat, statx as Statx,
 };
 
 use crate::raw;
@@ -182,6 +182,10 @@ real! {
     fn signal(signal: c_int, handler: usize) -> usize, else libc::SIG_ERR;
     fn __sysv_signal(signal: c_int, handler: usize) -> usize, else libc::SIG_ERR;
     fn sigset(signal: c_int, handler: usize) -> usize, else libc::SIG_ERR;
+    fn sigprocmask(how: c_int, new: *const sigset_t, old: *mut sigset_t) -> c_int, else -1;
+    fn pthread_sigmask(
+        how: c_int, new: *const sigset_t, old: *mut sigset_t,
+    ) -> c_int, else libc::ENOSYS;
     fn sigignore(signal: c_int) -> c_int, else -1;
     fn siginterrupt(signal: c_int, interrupt: c_int) -> c_int, else -1;
 }

@@ -14,18 +14,18 @@
 //! What the program has asked for is in [`crate::handlers`].
 
 // UNSAFETY: handles signals, changes the mask with which the interrupted code continues, and calls
-// the program's handlers.
+// the program's handlers. Exports functions in libc's place.
 #![expect(unsafe_code)]
 
 use std::cell::Cell;
 use std::ptr;
 use std::sync::atomic::{Ordering, compiler_fence};
 
-use libc::{SIG_DFL, SIG_IGN, SIGBUS, SIGSEGV, c_int, c_void, siginfo_t, ucontext_t};
+use libc::{SIG_DFL, SIG_IGN, SIGBUS, SIGSEGV, c_int, c_void, siginfo_t, sigset_t, ucontext_t};
 use twofold_kvm::{RunSignals, abi};
 
-use crate::handlers;
 use crate::raw::{self, Mask};
+use crate::{handlers, real};
 
 /// Signals that no mask of ours blocks: those that an instruction raises (a blocked one kills the
 /// process, and guest accesses need theirs), and the two that libc uses within itself.
@@ -51,11 +51,13 @@ struct Waiting {
     afterwards: Cell<Option<Mask>>,
     /// Whether that mask was set aside by `KVM_SET_SIGNAL_MASK` and not by a deferred signal.
     run_has_mask: Cell<bool>,
+    /// Whether the thread is known not to block SIGSEGV and SIGBUS.
+    faults_arrive: Cell<bool>,
 }
 
 thread_local! {
     static WAITING: Waiting = const {
-        Waiting { sections: Cell::new(0), afterwards: Cell::new(None), run_has_mask: Cell::new(false) }
+        Waiting { sections: Cell::new(0), afterwards: Cell::new(None), run_has_mask: Cell::new(false), faults_arrive: Cell::new(false) }
     };
 }
 
@@ -76,7 +78,20 @@ impl Undisturbed {
         sections.set(sections.get() + 1);
         // `arrived` runs in this thread: what it sees is a matter of the compiler alone.
         compiler_fence(Ordering::SeqCst);
+        if !section.waiting().faults_arrive.get() {
+            section.let_faults_arrive();
+        }
         section
+    }
+
+    /// Unblocks SIGSEGV and SIGBUS. Threads of VMMs like to block all signals; but an access to
+    /// memory that has vanished kills the process if its signal is blocked.
+    #[cold]
+    fn let_faults_arrive(&self) {
+        if handlers::are_taken_over() {
+            raw::unblock(raw::bit(SIGSEGV) | raw::bit(SIGBUS));
+            self.waiting().faults_arrive.set(true);
+        }
     }
 
     #[inline]
@@ -103,6 +118,27 @@ impl Drop for Undisturbed {
         }
     }
 }
+
+/// The thread's mask may have changed: the next section looks whether faults arrive.
+pub(crate) fn mask_changed() {
+    WAITING.with(|waiting| waiting.faults_arrive.set(false));
+}
+
+macro_rules! mask_functions {
+    ($($name:ident)*) => { $(
+        #[unsafe(no_mangle)]
+        unsafe extern "C" fn $name(
+            how: c_int, new: *const sigset_t, old: *mut sigset_t,
+        ) -> c_int {
+            // SAFETY: the caller passes what libc's function asks for.
+            let result = unsafe { real::$name(how, new, old) };
+            mask_changed();
+            result
+        }
+    )* };
+}
+
+mask_functions! { sigprocmask pthread_sigmask }
 
 /// The handler that the kernel knows for every signal that the program handles.
 pub(crate) extern "C" fn arrived(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
