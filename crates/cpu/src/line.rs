@@ -86,7 +86,8 @@ impl Line {
         Request::from_bits_truncate(self.requests.load(Ordering::Acquire))
     }
 
-    /// Marks requests as met.
+    /// Marks requests as met. Called outside guest mode: whoever waits for a request takes it for
+    /// met as soon as it is cleared.
     pub(crate) fn clear(&self, request: Request) {
         self.requests.fetch_and(!request.bits(), Ordering::SeqCst);
     }
@@ -115,28 +116,32 @@ impl Line {
             .store(sequence.wrapping_add(1), Ordering::Release);
     }
 
-    /// Tells waiting threads that the requests posted so far have been met, without leaving
-    /// guest mode for longer than the blink of an eye.
-    pub(crate) fn pass(&self) {
-        self.leave();
-        self.enter();
-    }
-
     /// What a thread that posted a request and then issued a heavy barrier has to wait for.
-    pub(crate) fn ticket(&self) -> Ticket {
-        Ticket(self.sequence.load(Ordering::Acquire))
+    pub(crate) fn ticket(&self, request: Request) -> Ticket {
+        Ticket {
+            sequence: self.sequence.load(Ordering::Acquire),
+            request,
+        }
     }
 
-    /// Whether the vCPU has left guest mode, however briefly, since the ticket was taken, or was
+    /// Whether the vCPU has left guest mode, however briefly, since the request was posted, or was
     /// not in guest mode then.
+    ///
+    /// A request that is not posted any more has been met, perhaps before the ticket was taken:
+    /// requests are cleared outside guest mode.
     pub(crate) fn has_passed(&self, ticket: Ticket) -> bool {
-        ticket.0 & 1 == 0 || self.sequence.load(Ordering::Acquire) != ticket.0
+        ticket.sequence & 1 == 0
+            || self.sequence.load(Ordering::Acquire) != ticket.sequence
+            || !self.pending().intersects(ticket.request)
     }
 }
 
 /// The state of a vCPU at one moment.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Ticket(u64);
+pub(crate) struct Ticket {
+    sequence: u64,
+    request: Request,
+}
 
 #[cfg(all(test, not(loom)))]
 mod tests {
@@ -145,15 +150,29 @@ mod tests {
     #[test]
     fn a_vcpu_outside_guest_mode_need_not_be_waited_for() {
         let line = Line::new(0);
-        assert!(line.has_passed(line.ticket()));
+        let request = Request::FLUSH_TLB;
+        line.post(request);
+        assert!(line.has_passed(line.ticket(request)));
         line.enter();
-        let ticket = line.ticket();
+        let ticket = line.ticket(request);
         assert!(!line.has_passed(ticket));
-        line.pass();
+        line.leave();
+        line.enter();
         assert!(line.has_passed(ticket));
         assert!(line.in_guest());
         line.leave();
         assert!(!line.in_guest());
+    }
+
+    #[test]
+    fn a_request_that_was_met_before_the_ticket_was_taken_is_not_waited_for() {
+        let line = Line::new(0);
+        line.enter();
+        line.post(Request::FLUSH_TLB);
+        line.leave();
+        line.clear(Request::FLUSH_TLB);
+        line.enter();
+        assert!(line.has_passed(line.ticket(Request::FLUSH_TLB)));
     }
 
     #[test]
@@ -181,24 +200,32 @@ mod model {
         /// The page behind a translation that the vCPU has cached. Loom reports it when a use is
         /// not ordered before the page is given to somebody else.
         page: UnsafeCell<u32>,
+        /// The guest goes on until it is told to stop, so that a flush that waits for ever shows.
+        stop: AtomicU32,
     }
 
-    /// What the vCPU does between entering and leaving guest mode.
-    fn run(shared: &Shared, cached: &mut bool) {
+    fn vcpu(shared: &Shared) {
         let line = &shared.line;
+        let mut cached = true;
         line.enter();
-        for _ in 0..2 {
+        loop {
             if line.asked() {
+                line.leave();
                 line.clear(Request::FLUSH_TLB);
-                *cached = false;
-                line.pass();
+                cached = false;
+                line.enter();
+                continue;
             }
-            if *cached {
+            if cached {
                 // SAFETY: that nobody writes meanwhile is what the model shows.
                 #[expect(unsafe_code)]
                 // UNSAFETY: loom's cell hands out pointers.
                 shared.page.with(|page| assert_eq!(unsafe { *page }, 0));
             }
+            if shared.stop.load(Ordering::Acquire) != 0 {
+                break;
+            }
+            thread::yield_now();
         }
         line.leave();
     }
@@ -209,19 +236,16 @@ mod model {
             let shared = Arc::new(Shared {
                 line: Line::new(0),
                 page: UnsafeCell::new(0),
+                stop: AtomicU32::new(0),
             });
-            let vcpu = thread::spawn({
+            let guest = thread::spawn({
                 let shared = Arc::clone(&shared);
-                move || {
-                    let mut cached = true;
-                    run(&shared, &mut cached);
-                    run(&shared, &mut cached);
-                }
+                move || vcpu(&shared)
             });
             shared.line.post(Request::FLUSH_TLB);
             // What `heavy_barrier` amounts to, with the fence in `enter` as its other half.
             loom::sync::atomic::fence(Ordering::SeqCst);
-            let ticket = shared.line.ticket();
+            let ticket = shared.line.ticket(Request::FLUSH_TLB);
             while !shared.line.has_passed(ticket) {
                 thread::yield_now();
             }
@@ -229,7 +253,8 @@ mod model {
             #[expect(unsafe_code)]
             // UNSAFETY: loom's cell hands out pointers.
             shared.page.with_mut(|page| unsafe { *page = 1 });
-            vcpu.join().unwrap();
+            shared.stop.store(1, Ordering::Release);
+            guest.join().unwrap();
         });
     }
 }

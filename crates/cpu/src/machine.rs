@@ -106,7 +106,7 @@ impl Machine {
         }
         heavy_barrier();
         for line in lines.iter() {
-            wait_for(line);
+            wait_for(line, request);
         }
     }
 
@@ -134,7 +134,7 @@ impl Machine {
         };
         others().for_each(|line| line.post(Request::PAUSE));
         heavy_barrier();
-        others().for_each(|line| wait_for(line));
+        others().for_each(|line| wait_for(line, Request::PAUSE));
         let result = work();
         others().for_each(|line| line.clear(Request::PAUSE));
         Some(result)
@@ -169,11 +169,11 @@ impl Machine {
 }
 
 /// Waits until a vCPU has left the stretch of guest mode in which it is found.
-fn wait_for(line: &Line) {
+fn wait_for(line: &Line, request: Request) {
     /// A vCPU looks at its requests once a block, well within this many pauses, if its thread
     /// has a CPU; if not, the thread that waits should give up its own.
     const SPINS: u32 = 256;
-    let ticket = line.ticket();
+    let ticket = line.ticket(request);
     let mut spins = 0;
     while !line.has_passed(ticket) {
         if spins < SPINS {
@@ -211,9 +211,10 @@ mod tests {
                         line.enter();
                         for _ in 0..50 {
                             if line.asked() {
+                                line.leave();
                                 line.clear(Request::FLUSH_TLB);
                                 cached = None;
-                                line.pass();
+                                line.enter();
                                 continue;
                             }
                             // Used inside guest mode: the flusher cannot have returned before

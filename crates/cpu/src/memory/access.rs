@@ -377,13 +377,13 @@ pub(crate) unsafe fn equals(pointer: *const u8, bytes: &[u8]) -> Result<bool, Va
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect, munmap};
     use std::sync::Once;
 
     /// Installs a handler as the product's is: the fix-up table first, then the default action.
-    fn install_handler() {
+    pub(in crate::memory) fn install_handler() {
         extern "C" fn on_fault(
             signal: libc::c_int,
             _: *mut libc::siginfo_t,

@@ -181,26 +181,23 @@ impl Core {
     pub(crate) fn serve_requests(&mut self) -> bool {
         loop {
             let pending = self.line.pending();
-            if pending.contains(Request::PAUSE) {
-                self.line.leave();
-                self.machine.wait_for_exclusive();
-                self.line.enter();
-                continue;
+            if (pending - Request::EXIT).is_empty() {
+                return pending.contains(Request::EXIT);
             }
+            // Requests are met outside guest mode: nobody has to wait for that.
+            self.line.leave();
+            if pending.contains(Request::PAUSE) {
+                self.machine.wait_for_exclusive();
+            }
+            // Cleared before the flush: a request that arrives later is met once more.
             if pending.contains(Request::FLUSH_TLB) {
-                // Cleared before the flush: a request that arrives later is met once more.
                 self.line.clear(Request::FLUSH_TLB | Request::DROP_WRITES);
                 self.flush_tlb();
-                self.line.pass();
-                continue;
-            }
-            if pending.contains(Request::DROP_WRITES) {
+            } else if pending.contains(Request::DROP_WRITES) {
                 self.line.clear(Request::DROP_WRITES);
                 self.mem.tlb.drop_writes();
-                self.line.pass();
-                continue;
             }
-            return pending.contains(Request::EXIT);
+            self.line.enter();
         }
     }
 

@@ -712,3 +712,141 @@ fn translation_for_a_debugger_reads_where_it_is_told_and_marks_nothing() {
     assert_eq!(cpu.translate(0x20_123, |_| None), None);
     assert_eq!(host.get(11, 0x20) & 0x20, 0);
 }
+
+impl Host {
+    /// A processor in 64-bit code at CPL 0, about to execute `code` in frame 24.
+    fn running(&self, machine: &Arc<Machine>, index: u32, code: &[u8]) -> Cpu {
+        let mut cpu = self.paged(machine);
+        drop(std::mem::replace(&mut cpu, {
+            let mut cpu = Cpu::new(Arc::clone(machine), index);
+            let root = Hpa::new(self.hpa(0));
+            cpu.set_second_stage(SecondStage::Ept(Eptp::new(root, Level::L512G, true)));
+            cpu
+        }));
+        for (i, chunk) in code.chunks(8).enumerate() {
+            let mut word = [0xf4; 8];
+            word[..chunk.len()].copy_from_slice(chunk);
+            self.put(24, i, u64::from_le_bytes(word));
+        }
+        let flat = crate::Segment {
+            limit: u32::MAX,
+            kind: 3,
+            code_or_data: true,
+            present: true,
+            big: true,
+            granular: true,
+            ..crate::Segment::default()
+        };
+        cpu.set_system_registers(&crate::SystemRegisters {
+            cs: crate::Segment {
+                kind: 11,
+                long: true,
+                big: false,
+                ..flat
+            },
+            ds: flat,
+            es: flat,
+            fs: flat,
+            gs: flat,
+            ss: flat,
+            cr0: cr0::PG | cr0::PE | cr0::WP | cr0::ET | cr0::NE,
+            cr3: 8 << 12,
+            cr4: cr4::PAE,
+            efer: efer::LME | efer::LMA | efer::NXE,
+            ..crate::SystemRegisters::default()
+        });
+        cpu.set_registers(&crate::Registers {
+            rip: 24 << 12,
+            rflags: 2,
+            gpr: [0; 16],
+        });
+        cpu
+    }
+}
+
+/// `inc qword [0x20000]` for ever.
+const COUNT_FOR_EVER: [u8; 10] = [0x48, 0xff, 0x04, 0x25, 0, 0, 2, 0, 0xeb, 0xf6];
+
+#[test]
+fn after_a_flush_running_guests_write_only_where_the_tables_say() {
+    const ROUNDS: usize = 200;
+    let host = Host::new(SecondStageKind::Ept);
+    let machine = host.machine();
+    let mut cpus: Vec<Cpu> = (0..2)
+        .map(|index| host.running(&machine, index, &COUNT_FOR_EVER))
+        .collect();
+    let lines: Vec<_> = cpus.iter().map(|cpu| Arc::clone(cpu.line())).collect();
+    std::thread::scope(|scope| {
+        for cpu in &mut cpus {
+            scope.spawn(|| assert_eq!(cpu.run(), Exit::Kicked));
+        }
+        while !lines.iter().all(|line| line.in_guest()) {
+            std::thread::yield_now();
+        }
+        let mut moved = 0;
+        for round in 0..ROUNDS {
+            let (old, new) = if round % 2 == 0 {
+                (0x20, 0x30)
+            } else {
+                (0x30, 0x20)
+            };
+            host.put(3, 0x20, host.hpa(new) | host.leaf());
+            machine.flush_tlbs();
+            let value = host.get(old, 0);
+            for _ in 0..50 {
+                std::hint::spin_loop();
+                assert_eq!(
+                    host.get(old, 0),
+                    value,
+                    "a store went to the page that was taken"
+                );
+            }
+            moved += u64::from(host.get(new, 0) != 0);
+        }
+        machine.kick_all();
+        assert!(moved > 0, "the guests did not run");
+    });
+    assert!(cpus.iter().all(|cpu| cpu.counters().tlb_flushes > 1));
+}
+
+#[test]
+fn memory_that_vanishes_under_a_running_guest_is_reported_with_the_state_before() {
+    access::tests::install_handler();
+    let host = Host::new(SecondStageKind::Ept);
+    let machine = host.machine();
+    // mov rax, 5; inc qword [0x20000]; hlt
+    let code = [0xb8, 5, 0, 0, 0, 0x48, 0xff, 0x04, 0x25, 0, 0, 2, 0, 0xf4];
+    let mut cpu = host.running(&machine, 0, &code);
+    // SAFETY: the kernel chooses the address; only the guest uses the page.
+    #[expect(unsafe_code)]
+    // UNSAFETY: a page that can be taken away.
+    let page = unsafe {
+        rustix::mm::mmap_anonymous(
+            std::ptr::null_mut(),
+            4096,
+            rustix::mm::ProtFlags::empty(),
+            rustix::mm::MapFlags::PRIVATE,
+        )
+    }
+    .unwrap() as usize;
+    let hpa = (page as u64).wrapping_sub(machine.config().hpa_offset as u64);
+    assert!(
+        hpa < 1 << 46,
+        "the test's offset keeps addresses within MAXPHYADDR"
+    );
+    host.put(3, 0x20, hpa | host.leaf());
+    assert_eq!(cpu.run(), Exit::HostFault { hva: page as u64 });
+    let registers = cpu.registers();
+    assert_eq!((registers.rip, registers.gpr[0]), ((24 << 12) + 5, 5));
+    // The program maps something else there: the instruction goes on.
+    host.put(3, 0x20, host.hpa(0x20) | host.leaf());
+    machine.flush_tlbs();
+    assert_eq!(cpu.run(), Exit::Halt);
+    assert_eq!(host.get(0x20, 0), 1);
+    #[expect(unsafe_code)]
+    // UNSAFETY: a page that can be taken away.
+    // SAFETY: the tables do not lead to the page any more.
+    unsafe {
+        rustix::mm::munmap(page as *mut _, 4096).unwrap();
+    }
+}
