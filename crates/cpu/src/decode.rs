@@ -8,7 +8,8 @@ use crate::mode::Mode;
 use crate::op::{Handler, Op};
 use crate::trap::{Exit, Trap, UnknownInstruction};
 use crate::{
-    bits, control, events, integer, io, muldiv, segments, shifts, sse, stack, strings, system,
+    bits, control, control_registers, events, integer, io, msr, muldiv, segments, shifts, sse,
+    stack, strings, syscall, system, system_flags, tables,
 };
 use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic};
 
@@ -34,6 +35,11 @@ fn select(form: &Form) -> Option<Handler> {
         .or_else(|| io::select(form))
         .or_else(|| segments::select(form))
         .or_else(|| events::select(form))
+        .or_else(|| control_registers::select(form))
+        .or_else(|| msr::select(form))
+        .or_else(|| tables::select(form))
+        .or_else(|| syscall::select(form))
+        .or_else(|| system_flags::select(form))
         .or_else(|| system::select(form))
         .or_else(|| sse::select(form))
 }

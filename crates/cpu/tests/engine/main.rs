@@ -1,0 +1,7 @@
+//! Small guests run through the public interface.
+
+mod code;
+mod events;
+mod exits;
+mod guest;
+mod modes;
