@@ -20,7 +20,11 @@ pub mod sync;
 pub mod walk;
 pub mod x86;
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
+mod engine_tests;
+#[cfg(all(test, loom))]
+mod interleavings;
+#[cfg(all(test, not(loom)))]
 mod laws;
 #[cfg(test)]
 mod testing;

@@ -5,11 +5,12 @@
 #![expect(unsafe_code)]
 
 use crate::build::PageSource;
-use crate::format::{Format, Height};
+use crate::format::Format;
 use crate::storage::{At, Storage, TablePage};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::toy::SHIFT;
 use crate::walk::{RootTable, Table};
+use std::sync::atomic::AtomicBool;
 use std::vec::Vec;
 use twofold_arch::Hpa;
 
@@ -21,14 +22,15 @@ pub(crate) struct Arena {
 
 struct Page {
     entries: [AtomicU64; 4],
-    allocated: AtomicU64,
+    /// Not `loom`'s: the truth, whatever a thread may be allowed to see.
+    allocated: AtomicBool,
 }
 
 impl Arena {
     pub(crate) fn new(pages: usize) -> Self {
         let page = |_| Page {
             entries: std::array::from_fn(|_| AtomicU64::new(0xdead)),
-            allocated: AtomicU64::new(0),
+            allocated: AtomicBool::new(false),
         };
         Self {
             pages: (0..pages).map(page).collect(),
@@ -41,9 +43,8 @@ impl Arena {
 
     fn entry(&self, at: At) -> &AtomicU64 {
         let page = self.page(at.page());
-        assert_eq!(
-            page.allocated.load(Ordering::Relaxed),
-            1,
+        assert!(
+            page.allocated.load(Ordering::SeqCst),
             "{at:?} used after free"
         );
         &page.entries[at.index()]
@@ -52,7 +53,7 @@ impl Arena {
     pub(crate) fn allocate(&self) -> Option<TablePage> {
         self.pages.iter().enumerate().find_map(|(number, page)| {
             page.allocated
-                .compare_exchange(0, 1, Ordering::AcqRel, Ordering::Acquire)
+                .compare_exchange(false, true, Ordering::SeqCst, Ordering::SeqCst)
                 .ok()
                 // SAFETY: the arena lives as long as any table of a test, and checks each access.
                 .map(|_| unsafe { TablePage::assume(Hpa::new((number as u64 + 1) << SHIFT)) })
@@ -60,9 +61,8 @@ impl Arena {
     }
 
     pub(crate) fn free(&self, page: TablePage) {
-        assert_eq!(
-            self.page(page).allocated.swap(0, Ordering::AcqRel),
-            1,
+        assert!(
+            self.page(page).allocated.swap(false, Ordering::SeqCst),
             "freed twice"
         );
     }
@@ -70,17 +70,20 @@ impl Arena {
     pub(crate) fn allocated(&self) -> usize {
         self.pages
             .iter()
-            .filter(|p| p.allocated.load(Ordering::Acquire) == 1)
+            .filter(|page| page.allocated.load(Ordering::SeqCst))
             .count()
     }
 
-    pub(crate) fn root<F: Format>(&self, height: u8) -> RootTable {
-        let page = self.allocate().unwrap();
-        self.fill(page, F::ENTRIES, F::EMPTY);
+    /// A root of `pages` consecutive pages, the first that are taken from the arena.
+    pub(crate) fn root<F: Format>(&self, pages: usize) -> RootTable {
+        let allocated: Vec<_> = (0..pages).map(|_| self.allocate().unwrap()).collect();
+        for &page in &allocated {
+            self.fill(page, F::ENTRIES, F::EMPTY);
+        }
         RootTable {
-            page,
-            height: Height::new(height),
-            pages: 1,
+            page: allocated[0],
+            height: F::MAX_HEIGHT,
+            pages,
         }
     }
 
