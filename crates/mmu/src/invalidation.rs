@@ -121,3 +121,115 @@ mod tests {
         invalidation.end();
     }
 }
+
+/// Every interleaving of faults and changes:
+/// `RUSTFLAGS="--cfg loom" cargo test -p twofold-mmu --lib interleavings`.
+#[cfg(all(test, loom))]
+#[expect(unsafe_code, reason = "UNSAFETY: each reader word has one thread")]
+mod interleavings {
+    use super::*;
+    use loom::sync::{Arc, Mutex};
+    use loom::thread;
+    use twofold_table::sync::atomic::fence;
+    use twofold_table::{ReaderWord, wait_for_readers};
+
+    const PAGE: Range<u64> = 0x1000..0x2000;
+    const OTHER: Range<u64> = 0x8000..0x9000;
+
+    struct World {
+        invalidation: Invalidation,
+        reader: ReaderWord,
+        /// The writers' lock.
+        lock: Mutex<()>,
+        /// What is at `PAGE` in the host: a number that grows with each change.
+        host: AtomicU64,
+        /// What the guest's table maps there, or 0.
+        entry: AtomicU64,
+    }
+
+    impl World {
+        fn new() -> Arc<Self> {
+            Arc::new(Self {
+                invalidation: Invalidation::new(),
+                reader: ReaderWord::new(),
+                lock: Mutex::new(()),
+                host: AtomicU64::new(1),
+                entry: AtomicU64::new(0),
+            })
+        }
+
+        fn fault(&self) {
+            let snapshot = self.invalidation.snapshot();
+            let page = self.host.load(Ordering::Acquire);
+            // SAFETY: only the faulting thread uses the word.
+            let _section = unsafe { self.reader.enter() };
+            if self.invalidation.allows(snapshot, PAGE) {
+                let _ = self
+                    .entry
+                    .compare_exchange(0, page, Ordering::AcqRel, Ordering::Acquire);
+            }
+        }
+
+        fn change(&self, hva: Range<u64>) {
+            {
+                let _writer = self.lock.lock().unwrap();
+                self.invalidation.begin(hva.clone());
+                fence(Ordering::SeqCst);
+                let _readers = wait_for_readers([&self.reader].into_iter(), thread::yield_now);
+                if hva == PAGE {
+                    self.entry.store(0, Ordering::Release);
+                }
+            }
+            if hva == PAGE {
+                // From here to the end of the change the page belongs to nobody.
+                assert_eq!(self.entry.load(Ordering::Acquire), 0);
+                self.host.fetch_add(1, Ordering::AcqRel);
+                assert_eq!(self.entry.load(Ordering::Acquire), 0);
+            }
+            self.invalidation.end();
+        }
+
+        fn check(&self) {
+            let entry = self.entry.load(Ordering::Acquire);
+            assert!(
+                entry == 0 || entry == self.host.load(Ordering::Acquire),
+                "a stale mapping"
+            );
+        }
+    }
+
+    #[test]
+    fn a_fault_in_flight_never_maps_what_a_change_has_taken() {
+        loom::model(|| {
+            let world = World::new();
+            let fault = {
+                let world = Arc::clone(&world);
+                thread::spawn(move || world.fault())
+            };
+            world.change(PAGE);
+            fault.join().unwrap();
+            world.check();
+        });
+    }
+
+    #[test]
+    fn a_fault_in_flight_survives_two_changes_one_of_them_elsewhere() {
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(3);
+        model.check(|| {
+            let world = World::new();
+            let fault = {
+                let world = Arc::clone(&world);
+                thread::spawn(move || world.fault())
+            };
+            let elsewhere = {
+                let world = Arc::clone(&world);
+                thread::spawn(move || world.change(OTHER))
+            };
+            world.change(PAGE);
+            fault.join().unwrap();
+            elsewhere.join().unwrap();
+            world.check();
+        });
+    }
+}

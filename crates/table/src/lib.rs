@@ -37,7 +37,5 @@ pub use cursor::Cursor;
 pub use format::{Entry, Format, Height, Replacement};
 pub use retire::Leaves;
 pub use section::{Quiesced, ReaderWord, Section, wait_for_readers};
-#[cfg(not(loom))]
-pub use storage::RawPages;
-pub use storage::{At, PageAccess, Storage, TablePage};
+pub use storage::{At, PageAccess, RawPages, Storage, TablePage};
 pub use walk::{Place, RootTable, Seen, Table};

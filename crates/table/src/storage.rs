@@ -100,12 +100,10 @@ pub unsafe trait PageAccess {
 }
 
 /// Real pages, reached with the processor's atomics.
-#[cfg(not(loom))]
 #[derive(Clone, Copy, Debug)]
 #[repr(transparent)]
 pub struct RawPages<P>(pub P);
 
-#[cfg(not(loom))]
 impl<P: PageAccess> RawPages<P> {
     #[inline(always)]
     fn entry(&self, at: At) -> &core::sync::atomic::AtomicU64 {
@@ -119,7 +117,6 @@ impl<P: PageAccess> RawPages<P> {
     }
 }
 
-#[cfg(not(loom))]
 impl<P: PageAccess> Storage for RawPages<P> {
     #[inline(always)]
     fn load(&self, at: At) -> u64 {
