@@ -15,7 +15,6 @@ use std::vec::Vec;
 use twofold_arch::Gpa;
 
 const PAGES: u64 = 64;
-const NO_READERS: [ReaderWord; 0] = [];
 
 fn gpa(page: u64) -> Gpa {
     Gpa::new(page << SHIFT)
@@ -24,7 +23,8 @@ fn gpa(page: u64) -> Gpa {
 fn pay<F: Format>(arena: &Arena, debt: Debt<F>) -> (u64, Option<Range<Gpa>>) {
     let mut flushed = None;
     let settled = debt.settle(|range| flushed = Some(range));
-    let readers = wait_for_readers(NO_READERS.iter(), || {});
+    let none: [ReaderWord; 0] = [];
+    let readers = wait_for_readers(none.iter(), || {});
     let leaves = settled.reclaim(&readers, arena, |page| arena.free(page));
     (leaves.at(Height::LEAF) + leaves.at(Height::new(2)), flushed)
 }
@@ -300,7 +300,7 @@ fn a_concatenated_root_continues_in_the_next_page() {
     let arena = Arena::new(24);
     let root = arena.root::<ToyDirect>(2);
     let table = arena.table::<ToyDirect>(root);
-    assert_eq!(table.end(), 2 * PAGES << SHIFT);
+    assert_eq!(table.end(), (2 * PAGES) << SHIFT);
     let mut source = Source {
         arena: &arena,
         limit: 100,
