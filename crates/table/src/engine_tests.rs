@@ -1,5 +1,7 @@
 //! The engine over the toy format, against a plain map.
 
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
+
 use crate::build::{BuildError, PageSource};
 use crate::change::Debt;
 use crate::cursor::Cursor;

@@ -78,7 +78,7 @@ pub enum Replacement {
 
 /// A table format: geometry, and the values that the engine itself has to know.
 ///
-/// The engine relies on these laws, which [`laws`](crate::laws) checks for a format:
+/// The engine relies on these laws, which the test module `laws` checks for each format:
 /// - `decode(EMPTY)` is `Empty`, `decode(FROZEN)` is `Frozen`, at every height;
 /// - `decode(table_entry(p))` is `Table(p)` at every height above the leaves;
 /// - `decode(link(..))` is `Frozen`, and `link_target` returns what `link` was given;

@@ -1,6 +1,8 @@
 //! Every interleaving of the small protocols, explored by `loom`:
 //! `RUSTFLAGS="--cfg loom" cargo test -p twofold-table --lib interleavings`.
 
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
+
 use crate::build::{BuildError, PageSource};
 use crate::change::Debt;
 use crate::format::{Entry, Format, Height};
