@@ -137,7 +137,8 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         self.slot_zap_all.store(all, Ordering::Relaxed);
     }
 
-    /// Registers a thread of the VM, one per virtual processor.
+    /// Registers a thread of the VM, one per virtual processor. A reader keeps a few pages for
+    /// tables; they go back to the host only if it is dropped before the MMU is.
     pub fn reader(&self) -> Reader {
         let (reader, state) = Reader::new(self.id);
         let mut writer = self.lock();

@@ -178,14 +178,23 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         self.sweep_roots(writer);
     }
 
-    /// Gives back the obsolete roots that nobody has loaded.
+    /// Gives back the obsolete roots that nobody has loaded. They were emptied and flushed when they
+    /// became obsolete, and a [`Root`](crate::Root) is kept as long as a processor may use it; so
+    /// there is nothing to flush.
     pub(crate) fn sweep_roots(&self, writer: &mut Writer<F>) {
-        let mut debt = Debt::none();
-        let unused = |root: &mut Arc<RootState>| root.is_obsolete() && Arc::strong_count(root) == 1;
+        let unused = |root: &mut Arc<RootState>| root.is_obsolete() && Arc::get_mut(root).is_some();
         let dropped: alloc::vec::Vec<_> = writer.roots.extract_if(.., unused).collect();
+        if dropped.is_empty() {
+            return;
+        }
+        let mut debt = Debt::none();
         for root in &dropped {
             self.table_locked(root.table, writer).retire_root(&mut debt);
         }
-        self.pay(writer, debt);
+        let readers = self.wait_for_readers(writer);
+        let leaves = debt.settle(|_| {}).reclaim(&readers, &self.pages, |page| {
+            self.host().free_table(page.hpa());
+        });
+        self.count_unmapped(&leaves);
     }
 }

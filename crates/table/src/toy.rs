@@ -28,6 +28,7 @@ pub(crate) const fn leaf(page: u64, permissions: u64) -> u64 {
 }
 
 /// An entry that is special and carries a number.
+#[cfg(not(loom))]
 pub(crate) const fn special(number: u64) -> u64 {
     SPECIAL | number << 32
 }
