@@ -18,6 +18,13 @@ const DATA: u64 = 0x20_0000;
 const STACK: u64 = 0x1f_0000;
 
 fn main() {
+    let exits = 1_000_000;
+    let (_, nanoseconds) = measure_exits(exits);
+    println!(
+        "{:8} {:6.1} ns from one port write to the next",
+        "exits",
+        nanoseconds / exits as f64
+    );
     // The loops count down r15 and end in HLT.
     let kernels: [(&str, &[u8]); 6] = [
         // 1: dec r15; jnz 1b
@@ -85,7 +92,8 @@ fn thread_nanoseconds() -> u64 {
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
-fn measure(code: &[u8], rounds: u64) -> (u64, f64) {
+/// A processor at the first byte of `code` in 64-bit mode, and the memory behind it.
+fn prepare(code: &[u8], rounds: u64) -> (Cpu, *mut libc::c_void, usize) {
     let length = MEMORY as usize * 2;
     // SAFETY: the kernel chooses the address.
     let arena = unsafe {
@@ -165,6 +173,11 @@ fn measure(code: &[u8], rounds: u64) -> (u64, f64) {
     registers.gpr[14] = DATA;
     registers.gpr[15] = rounds;
     cpu.set_registers(&registers);
+    (cpu, arena, length)
+}
+
+fn measure(code: &[u8], rounds: u64) -> (u64, f64) {
+    let (mut cpu, arena, length) = prepare(code, rounds);
     let before = cpu.counters().instructions;
     let start = thread_nanoseconds();
     let exit = cpu.run();
@@ -177,4 +190,17 @@ fn measure(code: &[u8], rounds: u64) -> (u64, f64) {
     // SAFETY: the processor is dropped with this frame and runs no more.
     unsafe { libc::munmap(arena, length) };
     (cpu.counters().instructions - before, elapsed as f64)
+}
+
+fn measure_exits(exits: u64) -> (u64, f64) {
+    // 1: out 0x80,al; jmp 1b
+    let (mut cpu, arena, length) = prepare(b"\xe6\x80\xeb\xfc", 0);
+    let start = thread_nanoseconds();
+    for _ in 0..exits {
+        assert!(matches!(cpu.run(), Exit::Io { port: 0x80, .. }));
+    }
+    let elapsed = thread_nanoseconds() - start;
+    // SAFETY: the processor runs no more.
+    unsafe { libc::munmap(arena, length) };
+    (exits, elapsed as f64)
 }

@@ -1,6 +1,6 @@
 //! The loop that runs blocks, and what happens between them.
 
-use crate::blocks::BlockCache;
+use crate::blocks::{Block, BlockCache};
 use crate::core_state::{Core, Pending, slot};
 use crate::decode;
 use crate::mode::Mode;
@@ -14,13 +14,17 @@ const DR6_SINGLE_STEP: u64 = 1 << 14;
 pub(crate) const DR6_RESERVED_ONES: u64 = 0xffff_0ff0;
 
 /// Why the loop over blocks came to a halt.
-enum Pause {
+enum Pause<'a> {
     /// Something may have to be settled between two instructions.
     Boundary,
     /// The block at RIP is not known, or not known to be what memory holds.
     Miss,
-    /// The operation at this index of the block that began at `ip` has trapped.
-    Trapped { trap: Trap, ip: u64, index: usize },
+    /// An operation of a block has trapped.
+    Trapped {
+        trap: Trap,
+        block: &'a Block,
+        op: &'a Op,
+    },
 }
 
 /// More than the bytes of any memory operand for which a page is translated at a time.
@@ -42,18 +46,11 @@ pub(crate) fn run(core: &mut Core, blocks: &mut BlockCache) -> Exit {
                 Ok(()) => None,
                 Err(trap) => core.handle(trap, None, &[]),
             },
-            Pause::Trapped { trap, ip, index } => match blocks.find_stale(core.context, ip) {
-                Some(block) => {
-                    let op = block.ops[index];
-                    core.rip = op.ip;
-                    let start = op.ip.wrapping_sub(ip) as usize;
-                    let bytes = block.bytes.get(start..).unwrap_or_default();
-                    core.handle(trap, Some(&op), bytes)
-                }
-                // The context changes with the last thing an instruction does, after all that
-                // could trap.
-                None => core.handle(trap, None, &[]),
-            },
+            Pause::Trapped { trap, block, op } => {
+                core.rip = op.ip;
+                let start = op.ip.wrapping_sub(block.ip) as usize;
+                core.handle(trap, Some(op), block.bytes.get(start..).unwrap_or_default())
+            }
         };
         if let Some(exit) = exit {
             return exit;
@@ -63,7 +60,7 @@ pub(crate) fn run(core: &mut Core, blocks: &mut BlockCache) -> Exit {
 
 /// Runs blocks, at least one, as long as there is nothing else to do.
 #[inline(never)]
-fn run_blocks(core: &mut Core, blocks: &BlockCache) -> Pause {
+fn run_blocks<'a>(core: &mut Core, blocks: &'a BlockCache) -> Pause<'a> {
     let Some(mut block) = blocks.find(core.context, core.rip, core.epoch) else {
         return Pause::Miss;
     };
@@ -74,11 +71,7 @@ fn run_blocks(core: &mut Core, blocks: &BlockCache) -> Pause {
         for (index, op) in block.ops.iter().enumerate() {
             if let Err(trap) = (op.run)(core, op) {
                 core.counters.instructions += index as u64;
-                return Pause::Trapped {
-                    trap,
-                    ip: block.ip,
-                    index,
-                };
+                return Pause::Trapped { trap, block, op };
             }
             if core.stop {
                 // The next instruction is the one behind this, unless this was the last.

@@ -49,3 +49,26 @@ fn a_store_across_pages_that_faults_on_the_second_changes_nothing() {
     assert_eq!(guest.cpu.system_registers().cr2, 0x1_5000);
     assert_eq!(guest.read_u64(0x1_4ff8), 0);
 }
+
+#[test]
+fn a_block_that_another_displaced_from_the_table_still_faults_precisely() {
+    // The two addresses have the same hash.
+    const FIRST: usize = 0x1000;
+    const SECOND: usize = 0x1_1002;
+    // mov rax,[rbx]; jmp rcx
+    let mut guest = Guest::long(b"\x48\x8b\x03\xff\xe1");
+    // mov ebx,0x300000 (not mapped); jmp rdx
+    guest.write(SECOND, b"\xbb\x00\x00\x30\x00\xff\xe2");
+    // nop; jmp FIRST
+    guest.write(0x1200, b"\x90\xe9\xfa\xfd\xff\xff");
+    guest.set(0x1200, |registers| {
+        registers.gpr[1] = SECOND as u64;
+        registers.gpr[2] = 0x1200;
+        registers.gpr[3] = 0x2000;
+        registers.gpr[4] = 0x1_0000;
+    });
+    assert_eq!(guest.cpu.run(), Exit::Halt);
+    assert_eq!(guest.cpu.registers().rip, 0x700f);
+    let frame = guest.cpu.registers().gpr[4] as usize;
+    assert_eq!(guest.read_u64(frame + 8), FIRST as u64);
+}
