@@ -28,7 +28,7 @@ unit: build ## unit, model, documentation and host-comparison tests
 	$(CARGO) test --quiet --workspace
 
 interleavings: ## every interleaving of the small protocols, with loom
-	RUSTFLAGS="--cfg loom" $(CARGO) test --quiet --release -p twofold-table --lib --target-dir target/loom
+	RUSTFLAGS="--cfg loom" $(CARGO) test --quiet --release -p twofold-table -p twofold-mmu --lib --target-dir target/loom interleavings
 
 conformance: build ## KVM's own selftests and the tests of kvm-ioctls, unmodified
 	conformance/selfcheck.sh
