@@ -8,8 +8,8 @@
 //! A descriptor's entry points to a [`File`] that carries a count of its users. Files are recycled
 //! but never given back to the allocator, so that a thread that lost a race against `close` reads a
 //! count of zero, or a file that its entry no longer names, and never freed memory.
-#![expect(unsafe_code)]
 // UNSAFETY: entries are raw pointers to files whose life the counts govern.
+#![expect(unsafe_code)]
 
 use crate::object::Object;
 use crate::sync::ProcessMutex;

@@ -24,7 +24,8 @@ pub(crate) fn prepare_process() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         PROCESS.store(std::process::id(), Ordering::Relaxed);
-        #[expect(unsafe_code)] // UNSAFETY: pthread_atfork takes C callbacks.
+        // UNSAFETY: pthread_atfork takes C callbacks.
+        #[expect(unsafe_code)]
         // SAFETY: the three callbacks have the C ABI, do not unwind and live as long as the
         // program.
         let result = unsafe { libc::pthread_atfork(Some(before), Some(in_parent), Some(in_child)) };

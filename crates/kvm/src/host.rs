@@ -31,7 +31,8 @@ impl ProcessMemory {
     }
 }
 
-#[expect(unsafe_code)] // UNSAFETY: the trait's duties.
+// UNSAFETY: the trait's duties.
+#[expect(unsafe_code)]
 // SAFETY: the pool's pages stay mapped at their addresses until the pool is dropped, which is after
 // the MMU, and are given to nobody else. `flush_tlbs` and `heavy_barrier` are the processor's own,
 // with membarrier as the barrier on every thread of the process.
@@ -79,7 +80,8 @@ unsafe impl Host for ProcessMemory {
 /// handler where one is registered.
 fn make_present(hva: u64, write: bool) -> Result<(), PopulateError> {
     if vanishing::is_survived() {
-        #[expect(unsafe_code)] // UNSAFETY: accesses the program's memory.
+        // UNSAFETY: accesses the program's memory.
+        #[expect(unsafe_code)]
         // SAFETY: the handler is installed, and slots are described for guests to access.
         let touched = unsafe { twofold_cpu::process::touch(hva as usize, write) };
         if touched.is_ok() {
@@ -100,7 +102,8 @@ fn make_present(hva: u64, write: bool) -> Result<(), PopulateError> {
 #[cold]
 fn populate(hva: u64, advice: Advice) -> Result<(), PopulateError> {
     let address = std::ptr::with_exposed_provenance_mut(hva as usize);
-    #[expect(unsafe_code)] // UNSAFETY: madvise is unsafe for the sake of other kinds of advice.
+    // UNSAFETY: madvise is unsafe for the sake of other kinds of advice.
+    #[expect(unsafe_code)]
     // SAFETY: populating changes no byte that a program can observe.
     let result = unsafe { rustix::mm::madvise(address, PAGE_SIZE as usize, advice) };
     match result {

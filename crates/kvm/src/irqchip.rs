@@ -30,14 +30,18 @@ pub(crate) struct Irqchip {
 }
 
 impl Irqchip {
-    /// `KVM_CREATE_IRQCHIP` and `KVM_CAP_SPLIT_IRQCHIP`: `EEXIST` if there is one, `EINVAL` if
-    /// there are vCPUs.
+    /// `KVM_CREATE_IRQCHIP` and `KVM_CAP_SPLIT_IRQCHIP`: `EEXIST` if there is one; if there are
+    /// vCPUs, `EINVAL` for the first and `EEXIST` for the second.
     pub(crate) fn create(&mut self, model: Model, has_vcpus: bool) -> Result<(), Errno> {
         if self.model != Model::None {
             return Err(Errno::EXIST);
         }
         if has_vcpus {
-            return Err(Errno::INVAL);
+            return Err(if model == Model::Kernel {
+                Errno::INVAL
+            } else {
+                Errno::EXIST
+            });
         }
         self.model = model;
         for (chip, state) in self.chips.iter_mut().enumerate() {

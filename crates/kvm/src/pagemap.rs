@@ -58,7 +58,8 @@ pub(crate) fn forget_descriptors(first: u32, last: u32) {
 pub(crate) fn forget_parent() {
     let fd = DESCRIPTOR.swap(NONE, Ordering::Relaxed);
     if fd >= 0 {
-        #[expect(unsafe_code)] // UNSAFETY: closes a raw descriptor.
+        // UNSAFETY: closes a raw descriptor.
+        #[expect(unsafe_code)]
         // SAFETY: this module opened it, and nothing uses it any more.
         unsafe {
             rustix::io::close(fd);
@@ -74,7 +75,8 @@ fn entry(hva: u64) -> Option<u64> {
     if fd < 0 {
         return None;
     }
-    #[expect(unsafe_code)] // UNSAFETY: borrows a raw descriptor.
+    // UNSAFETY: borrows a raw descriptor.
+    #[expect(unsafe_code)]
     // SAFETY: if the program closed it behind the interposed `close`, the read fails or reads
     // something else, at worst eight bytes of another file; memory safety does not depend on it.
     let file = unsafe { BorrowedFd::borrow_raw(fd) };
@@ -104,7 +106,8 @@ fn open() -> RawFd {
             match DESCRIPTOR.compare_exchange(NONE, fd, Ordering::Relaxed, Ordering::Relaxed) {
                 Ok(_) => fd,
                 Err(other) => {
-                    #[expect(unsafe_code)] // UNSAFETY: closes a raw descriptor.
+                    // UNSAFETY: closes a raw descriptor.
+                    #[expect(unsafe_code)]
                     // SAFETY: just opened here, and another thread's is used instead.
                     unsafe {
                         rustix::io::close(fd);

@@ -3,8 +3,8 @@
 //! The `kvm_run` page, the coalesced ring and the statistics are such memory. The program may
 //! write to it at any time from any thread, so it is never borrowed: it is read and written by
 //! value, one volatile copy at a time.
-#![expect(unsafe_code)]
 // UNSAFETY: raw access to a mapping whose length is checked here.
+#![expect(unsafe_code)]
 
 use crate::usercopy::Plain;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};

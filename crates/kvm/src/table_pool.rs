@@ -1,6 +1,6 @@
 //! Pages for second-stage tables.
-#![expect(unsafe_code)]
 // UNSAFETY: maps memory and hands out raw pages of it.
+#![expect(unsafe_code)]
 
 use crate::sync::Mutex;
 use rustix::mm::{MapFlags, ProtFlags};

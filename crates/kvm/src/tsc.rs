@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 /// The counter now.
 pub(crate) fn now() -> u64 {
-    #[expect(unsafe_code)] // UNSAFETY: the intrinsic is declared unsafe.
+    // UNSAFETY: the intrinsic is declared unsafe.
+    #[expect(unsafe_code)]
     // SAFETY: RDTSC touches no memory; every x86-64 processor has it.
     unsafe {
         std::arch::x86_64::_rdtsc()

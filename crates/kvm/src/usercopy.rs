@@ -5,8 +5,8 @@
 //! `process_vm_readv` and `process_vm_writev` on this very process. Both answer `EFAULT` where a
 //! plain access would fault, as the kernel's own copies do. A struct is copied in once, before
 //! anything of it is looked at, so that a program that changes it meanwhile changes nothing.
-#![expect(unsafe_code)]
 // UNSAFETY: vouches for which types are plain bytes, and calls process_vm_readv and _writev.
+#![expect(unsafe_code)]
 
 use crate::vanishing;
 use kvm_bindings as kvm;

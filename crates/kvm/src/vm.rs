@@ -285,11 +285,12 @@ impl Vm {
         }
     }
 
-    /// `KVM_SET_IDENTITY_MAP_ADDR`. This processor needs no identity map in the guest's memory.
+    /// `KVM_SET_IDENTITY_MAP_ADDR`. This processor needs no identity map in the guest's memory, so
+    /// the address is not kept.
     ///
     /// # Errors
     /// `EINVAL` once there are vCPUs.
-    pub fn set_identity_map_addr(&self, _address: u64) -> Result<(), Errno> {
+    pub fn set_identity_map_addr(&self) -> Result<(), Errno> {
         if self.has_vcpus() {
             Err(Errno::INVAL)
         } else {
@@ -399,17 +400,15 @@ impl Vm {
     /// `KVM_IRQFD`: interrupts from eventfds need an interrupt controller that delivers them.
     ///
     /// # Errors
-    /// `EINVAL` for unknown flags; to attach one, `EAGAIN` without an in-kernel controller, and
-    /// `EINVAL` with it, since it delivers none. There is never one to detach, which is no error.
+    /// `EINVAL` for unknown flags, and for every attempt to attach one: without an in-kernel
+    /// controller as in KVM, with it since it delivers none. There is never one to detach, which is
+    /// no error.
     pub fn irqfd(&self, request: &kvm_irqfd) -> Result<(), Errno> {
         if request.flags & !(kvm::KVM_IRQFD_FLAG_DEASSIGN | kvm::KVM_IRQFD_FLAG_RESAMPLE) != 0 {
             return Err(Errno::INVAL);
         }
         if request.flags & kvm::KVM_IRQFD_FLAG_DEASSIGN != 0 {
             return Ok(());
-        }
-        if self.irqchip_model() == Model::None {
-            return Err(Errno::AGAIN);
         }
         tracing::warn!(
             gsi = request.gsi,

@@ -73,7 +73,8 @@ fn a_forked_child_gets_eio_and_may_start_anew() {
     let kvm = Fd::open();
     let vm = kvm.descriptor(KVM_CREATE_VM, 0);
     let vcpu = vm.descriptor(KVM_CREATE_VCPU, 0);
-    #[expect(unsafe_code)] // UNSAFETY: forks a process that has threads.
+    // UNSAFETY: forks a process that has threads.
+    #[expect(unsafe_code)]
     // SAFETY: the child uses nothing but what is tested here, and leaves without unwinding.
     let pid = unsafe { libc::fork() };
     if pid == 0 {
@@ -88,14 +89,16 @@ fn a_forked_child_gets_eio_and_may_start_anew() {
             let _: kvm_bindings::kvm_regs = vcpu.get(KVM_GET_REGS);
         }
         drop((vcpu, vm, kvm));
-        #[expect(unsafe_code)] // UNSAFETY: as above.
+        // UNSAFETY: as above.
+        #[expect(unsafe_code)]
         // SAFETY: leaves at once.
         unsafe {
             libc::_exit(code)
         }
     }
     let mut status = 0;
-    #[expect(unsafe_code)] // UNSAFETY: waits for the child.
+    // UNSAFETY: waits for the child.
+    #[expect(unsafe_code)]
     // SAFETY: the status is a local.
     let waited = unsafe { libc::waitpid(pid, &mut status, 0) };
     assert_eq!(waited, pid);

@@ -2,7 +2,9 @@
 //! get an answer that is neither success nor an error number that KVM uses.
 //!
 //! `TWOFOLD_FUZZ_CASES` makes it run longer than the few sequences of an ordinary test run.
-#![expect(unsafe_code)] // UNSAFETY: maps memory, handles signals.
+// UNSAFETY: maps memory, handles signals.
+#![expect(unsafe_code)]
+#![expect(clippy::unwrap_used)] // Helpers outside #[test] functions.
 
 mod common;
 

@@ -1,5 +1,7 @@
 //! Small guests in real mode: what a client sees of each exit.
 
+#![expect(clippy::unwrap_used)] // Helpers outside #[test] functions.
+
 mod common;
 
 use common::*;

@@ -29,7 +29,8 @@ pub(super) struct Zone {
 impl Zone {
     /// What a program registers. `EINVAL` unless its `pio` is 0 or 1.
     pub(super) fn from_user(zone: &kvm_coalesced_mmio_zone) -> Result<(Space, Self), Errno> {
-        #[expect(unsafe_code)] // UNSAFETY: reads a union.
+        // UNSAFETY: reads a union.
+        #[expect(unsafe_code)]
         // SAFETY: both members are the same integer.
         let space = match unsafe { zone.__bindgen_anon_1.pio } {
             0 => Space::Memory,

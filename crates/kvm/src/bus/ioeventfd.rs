@@ -128,7 +128,8 @@ fn borrow<'a>(fd: i32) -> Result<BorrowedFd<'a>, Errno> {
     if fd < 0 {
         return Err(Errno::BADF);
     }
-    #[expect(unsafe_code)] // UNSAFETY: borrows a number that the program calls a descriptor.
+    // UNSAFETY: borrows a number that the program calls a descriptor.
+    #[expect(unsafe_code)]
     // SAFETY: it is only handed to system calls, which answer EBADF if it is none.
     Ok(unsafe { BorrowedFd::borrow_raw(fd) })
 }

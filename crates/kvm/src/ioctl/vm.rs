@@ -33,7 +33,10 @@ pub(super) fn ioctl(vm: &Arc<Vm>, request: u64, argument: usize) -> Reply {
         KVM_SET_NR_MMU_PAGES => done(vm.set_nr_mmu_pages(argument as u64)),
         KVM_GET_NR_MMU_PAGES => Ok(vm.get_nr_mmu_pages() as i32),
         KVM_SET_TSS_ADDR => done(vm.set_tss_addr(argument as u64)),
-        KVM_SET_IDENTITY_MAP_ADDR => done(vm.set_identity_map_addr(read(argument)?)),
+        KVM_SET_IDENTITY_MAP_ADDR => {
+            vm.set_identity_map_addr()?;
+            read::<u64>(argument).map(|_| 0)
+        }
         KVM_SET_BOOT_CPU_ID => done(vm.set_boot_cpu_id(argument as u32)),
         KVM_CREATE_IRQCHIP => done(vm.create_irqchip()),
         KVM_GET_IRQCHIP => {
@@ -51,7 +54,8 @@ pub(super) fn ioctl(vm: &Arc<Vm>, request: u64, argument: usize) -> Reply {
         KVM_SET_PIT2 => done(vm.set_pit(&read(argument)?)),
         KVM_IRQ_LINE | KVM_IRQ_LINE_STATUS => {
             let line: kvm_irq_level = read(argument)?;
-            #[expect(unsafe_code)] // UNSAFETY: reads a union.
+            // UNSAFETY: reads a union.
+            #[expect(unsafe_code)]
             // SAFETY: both members are the same integer.
             let irq = unsafe { line.__bindgen_anon_1.irq };
             vm.irq_line(irq, line.level != 0)?;
@@ -113,7 +117,8 @@ fn set_user_memory_region(vm: &Vm, argument: usize) -> Reply {
 fn get_dirty_log(vm: &Vm, argument: usize) -> Reply {
     let log: kvm_dirty_log = read(argument)?;
     let bitmap = vm.get_dirty_log(log.slot)?;
-    #[expect(unsafe_code)] // UNSAFETY: reads a union.
+    // UNSAFETY: reads a union.
+    #[expect(unsafe_code)]
     // SAFETY: both members are 64-bit integers or pointers.
     let address = unsafe { log.__bindgen_anon_1.padding2 };
     write_slice(address as usize, &bitmap)?;

@@ -40,7 +40,8 @@ pub fn register_run_signals(signals: &'static dyn RunSignals) {
 /// Async-signal-safe: two atomic stores to the vCPU that the thread itself keeps alive.
 pub(crate) fn interrupt_current_run() -> bool {
     let current = CURRENT.get();
-    #[expect(unsafe_code)] // UNSAFETY: dereferences what `Running` stored.
+    // UNSAFETY: dereferences what `Running` stored.
+    #[expect(unsafe_code)]
     // SAFETY: not null only between `Running::start` and its drop on this very thread, which
     // borrows the vCPU.
     match unsafe { current.as_ref() } {
