@@ -37,7 +37,9 @@ impl Pages {
 
     fn place(page: Hpa) -> (usize, u64) {
         let frame = page.get() >> PAGE_SHIFT;
-        let bit = frame.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - BITS_SHIFT);
+        // Neighbours stay neighbours: a guest that goes through its memory asks for one word again
+        // and again.
+        let bit = (frame ^ (frame >> BITS_SHIFT)) & ((1 << BITS_SHIFT) - 1);
         ((bit >> 6) as usize, 1 << (bit & 63))
     }
 

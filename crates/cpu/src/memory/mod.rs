@@ -29,8 +29,8 @@ use crate::state::rflags;
 use crate::trap::{Exception, Exit, SecondStageFault, Trap, UnknownInstruction, vector};
 use access::Vanished;
 use mmio::Mmio;
-use stage1::{Failure, GuestTables, LinearAccess, Mapping, Paging};
-use stage2::{GuestAccess, HostPage, Operation, Purpose, Rights, Walker};
+use stage1::{Failure, GuestTables, LinearAccess, Mapping, Paging, Upper};
+use stage2::{GuestAccess, HostPage, Operation, Purpose, Rights, WalkCache, Walker};
 use tlb::{Allowed, Set, Tlb};
 use twofold_arch::{Gpa, Hpa};
 
@@ -52,13 +52,21 @@ pub struct Translation {
     pub executable: bool,
 }
 
+/// Regions of 2 MiB of linear addresses whose last table is remembered.
+const DIRECTORIES: usize = 256;
+/// log2 of such a region: the last table of every paging mode covers at least that much.
+const DIRECTORY_SHIFT: u32 = 21;
+
 /// The memory half of a vCPU.
 pub(crate) struct Memory {
     tlb: Tlb,
     /// Index of the first TLB entry of the set that explicit data accesses use now.
     data_base: usize,
     paging: Paging,
+    /// What the upper levels of the guest's tables say, by 2 MiB of linear addresses.
+    directories: Box<[Option<(u64, Upper)>; DIRECTORIES]>,
     walker: Walker,
+    walk_cache: WalkCache,
     table_pages: TablePages,
     mmio: Mmio,
     /// The last #GP was raised because this linear address was not canonical. An access through SS
@@ -77,10 +85,10 @@ struct TablePage {
 }
 
 /// Pages that hold the guest's tables: the walk meets the same ones again and again.
-struct TablePages([TablePage; Self::COUNT]);
+struct TablePages(Box<[TablePage; Self::COUNT]>);
 
 impl TablePages {
-    const COUNT: usize = 64;
+    const COUNT: usize = 256;
     const EMPTY: TablePage = TablePage {
         gpa: 1,
         host: 0,
@@ -91,11 +99,11 @@ impl TablePages {
     fn slot(gpa: u64) -> usize {
         // Tables are often neighbours; those of different levels often are not.
         let frame = gpa >> PAGE_SHIFT;
-        (frame ^ frame >> 6) as usize & (Self::COUNT - 1)
+        (frame ^ (frame >> 8)) as usize & (Self::COUNT - 1)
     }
 
     fn flush(&mut self) {
-        self.0 = [Self::EMPTY; Self::COUNT];
+        self.0.fill(Self::EMPTY);
     }
 }
 
@@ -105,8 +113,10 @@ impl Memory {
             tlb: Tlb::new(),
             data_base: Set::Supervisor.base(),
             paging: Paging::default(),
+            directories: Box::new([None; DIRECTORIES]),
             walker: Walker::none(machine),
-            table_pages: TablePages([TablePages::EMPTY; TablePages::COUNT]),
+            walk_cache: WalkCache::new(),
+            table_pages: TablePages(Box::new([TablePages::EMPTY; TablePages::COUNT])),
             mmio: Mmio::default(),
             not_canonical: None,
         }
@@ -131,17 +141,25 @@ struct Target {
 }
 
 impl Core {
-    /// Chooses the second-stage tables. Forgets every translation unless they are the same.
+    /// Chooses the second-stage tables. Forgets every translation.
     pub(crate) fn set_second_stage(&mut self, second_stage: SecondStage) {
         self.mem.walker = Walker::new(&self.machine, second_stage);
+        self.flush_all();
+    }
+
+    /// Forgets every cached translation of either stage.
+    fn flush_all(&mut self) {
+        self.mem.walk_cache.flush();
+        self.mem.table_pages.flush();
         self.flush_tlb();
     }
 
-    /// Forgets every cached translation and looks at the control registers anew. Called after
-    /// every change of CR0, CR3, CR4 or IA32_EFER that concerns paging.
+    /// Forgets every cached translation that depends on the guest's tables, and looks at the
+    /// control registers anew. Called after every change of CR0, CR3, CR4 or IA32_EFER that
+    /// concerns paging.
     pub(crate) fn flush_tlb(&mut self) {
         self.mem.tlb.flush();
-        self.mem.table_pages.flush();
+        self.mem.directories.fill(None);
         self.mem.paging = Paging::new(
             self.cr0,
             self.cr3,
@@ -157,7 +175,8 @@ impl Core {
     /// Forgets the translation of one linear address (INVLPG).
     pub(crate) fn flush_page(&mut self, linear: u64) {
         self.mem.tlb.flush_page(linear);
-        self.mem.table_pages.flush();
+        // INVLPG invalidates what is cached of upper levels for all addresses.
+        self.mem.directories.fill(None);
         self.epoch += 1;
     }
 
@@ -192,7 +211,7 @@ impl Core {
             // Cleared before the flush: a request that arrives later is met once more.
             if pending.contains(Request::FLUSH_TLB) {
                 self.line.clear(Request::FLUSH_TLB | Request::DROP_WRITES);
-                self.flush_tlb();
+                self.flush_all();
             } else if pending.contains(Request::DROP_WRITES) {
                 self.line.clear(Request::DROP_WRITES);
                 self.mem.tlb.drop_writes();
@@ -469,6 +488,20 @@ impl NestedTables<'_> {
 
 impl GuestTables for NestedTables<'_> {
     type Error = Trap;
+
+    #[inline(always)]
+    fn recall(&self, linear: u64) -> Option<Upper> {
+        let region = linear >> DIRECTORY_SHIFT;
+        match self.core.mem.directories[region as usize & (DIRECTORIES - 1)] {
+            Some((cached, upper)) if cached == region => Some(upper),
+            _ => None,
+        }
+    }
+
+    fn remember(&mut self, linear: u64, upper: Upper) {
+        let region = linear >> DIRECTORY_SHIFT;
+        self.core.mem.directories[region as usize & (DIRECTORIES - 1)] = Some((region, upper));
+    }
 
     fn read(&mut self, gpa: u64, bytes: u64) -> Result<Option<u64>, Trap> {
         let Some(page) = self.page(gpa, false)? else {

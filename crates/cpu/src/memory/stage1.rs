@@ -140,10 +140,29 @@ impl<E> From<E> for Failure<E> {
     }
 }
 
+/// What the entries above the last level say about a linear address.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Upper {
+    /// Guest-physical address of the last table.
+    pub(crate) table: u64,
+    pub(crate) user: bool,
+    pub(crate) writable: bool,
+    pub(crate) no_execute: bool,
+}
+
 /// The guest's tables.
 pub(crate) trait GuestTables {
     /// Why they could not be accessed.
     type Error;
+
+    /// What [`GuestTables::remember`] was told about the upper levels for the same 2 MiB, if that
+    /// is still known: the processor's paging-structure cache.
+    fn recall(&self, _linear: u64) -> Option<Upper> {
+        None
+    }
+
+    /// Notes what the upper levels say, all of them marked as accessed.
+    fn remember(&mut self, _linear: u64, _upper: Upper) {}
 
     /// Reads an entry of 4 or 8 bytes. `None`: nothing is there, as if the entry were not present.
     fn read(&mut self, gpa: u64, bytes: u64) -> Result<Option<u64>, Self::Error>;
@@ -295,13 +314,35 @@ impl Paging {
                 dirty: true,
             });
         }
+        if let Some(upper) = tables.recall(linear)
+            && let Ok(mapping) = self.descend(tables, linear, access, Some(upper))
+        {
+            return Ok(mapping);
+        }
+        // What is remembered never decides that an access fails.
+        self.descend(tables, linear, access, None)
+    }
+
+    /// Walks down from the root, or from the last level on.
+    fn descend<T: GuestTables>(
+        &self,
+        tables: &mut T,
+        linear: u64,
+        access: LinearAccess,
+        start: Option<Upper>,
+    ) -> Result<Mapping, Failure<T::Error>> {
         let shape = self.kind.shape();
         'again: loop {
-            let mut table = self.root;
-            let mut level = shape.levels;
-            let mut writable = true;
-            let mut user = true;
-            let mut no_execute = false;
+            let (mut table, mut level, mut writable, mut user, mut no_execute) = match start {
+                Some(upper) => (upper.table, 1, upper.writable, upper.user, upper.no_execute),
+                None => (self.root, shape.levels, true, true, false),
+            };
+            let mut upper = Upper {
+                table,
+                user,
+                writable,
+                no_execute,
+            };
             // Entries of this walk that lack an accessed flag.
             let mut stale = [(0u64, 0u64); 5];
             let mut stale_count = 0;
@@ -337,6 +378,12 @@ impl Paging {
                     }
                     table = entry & ADDRESS;
                     level -= 1;
+                    upper = Upper {
+                        table,
+                        user,
+                        writable,
+                        no_execute,
+                    };
                     continue;
                 }
                 let size = 1u64 << shift;
@@ -373,6 +420,9 @@ impl Paging {
                     && !tables.set_flags(place, shape.entry_bytes, entry, flags)?
                 {
                     continue 'again;
+                }
+                if level == 1 && start.is_none() {
+                    tables.remember(linear, upper);
                 }
                 return Ok(mapping);
             }

@@ -311,35 +311,107 @@ impl Walker {
     pub(crate) fn translate(
         &self,
         machine: &Machine,
+        cache: &mut WalkCache,
         access: &GuestAccess,
     ) -> Result<HostPage, Exit> {
         match self.tables {
-            Tables::Ept(format) => walk(machine, format, access),
-            Tables::Npt(format) => walk(machine, format, access),
+            Tables::Ept(format) => walk(machine, format, cache, access),
+            Tables::Npt(format) => walk(machine, format, cache, access),
         }
     }
 }
 
-fn walk<F: Format>(machine: &Machine, format: F, access: &GuestAccess) -> Result<HostPage, Exit> {
-    let (root, root_level) = format.root();
+/// A table that a walk came by on its way to a leaf.
+#[derive(Clone, Copy, Debug)]
+struct Start {
+    table: Hpa,
+    level: Level,
+    /// What the entries above allow together.
+    rights: Rights,
+}
+
+/// The processor's paging-structure cache of the second stage: for each 2 MiB of guest-physical
+/// addresses the table that holds their leaves. Everything above was marked as accessed.
+pub(crate) struct WalkCache(Box<[Option<(u64, Start)>; Self::COUNT]>);
+
+impl WalkCache {
+    const COUNT: usize = 256;
+
+    pub(crate) fn new() -> Self {
+        Self(Box::new([None; Self::COUNT]))
+    }
+
+    pub(crate) fn flush(&mut self) {
+        self.0.fill(None);
+    }
+
+    fn get(&self, gpa: u64) -> Option<Start> {
+        let region = gpa >> Level::L2M.shift();
+        match self.0[region as usize & (Self::COUNT - 1)] {
+            Some((cached, start)) if cached == region => Some(start),
+            _ => None,
+        }
+    }
+
+    fn put(&mut self, gpa: u64, start: Start) {
+        let region = gpa >> Level::L2M.shift();
+        self.0[region as usize & (Self::COUNT - 1)] = Some((region, start));
+    }
+}
+
+fn walk<F: Format>(
+    machine: &Machine,
+    format: F,
+    cache: &mut WalkCache,
+    access: &GuestAccess,
+) -> Result<HostPage, Exit> {
+    if let Some(start) = cache.get(access.gpa)
+        && let Ok((page, _)) = descend(machine, format, access, start)
+    {
+        return Ok(page);
+    }
+    // What is cached never decides that an access fails.
+    let (root, level) = format.root();
+    // Addresses that the root does not cover are not translated by anything.
+    if root.get() == 0 || access.gpa >> (level.shift() + 9) != 0 {
+        let failure = Failure::Denied {
+            rights: Rights::empty(),
+            present: false,
+        };
+        return Err(Exit::SecondStage(format.fault(failure, access)));
+    }
+    let start = Start {
+        table: root,
+        level,
+        rights: Rights::all(),
+    };
+    let (page, last) = descend(machine, format, access, start)?;
+    if last.level <= Level::L2M {
+        cache.put(access.gpa, last);
+    }
+    Ok(page)
+}
+
+/// Walks down from a table. Also returns the last table of the walk.
+fn descend<F: Format>(
+    machine: &Machine,
+    format: F,
+    access: &GuestAccess,
+    start: Start,
+) -> Result<(HostPage, Start), Exit> {
     let wanted = match access.operation {
         Operation::Read => Rights::READ,
         Operation::Write => Rights::WRITE,
         Operation::Fetch => Rights::EXECUTE,
     };
     let refuse = |failure| Err(Exit::SecondStage(format.fault(failure, access)));
-    // Addresses that the root does not cover are not translated by anything.
-    if root.get() == 0 || access.gpa >> (root_level.shift() + 9) != 0 {
-        return refuse(Failure::Denied {
-            rights: Rights::empty(),
-            present: false,
-        });
-    }
     let gfn = Gpa::new(access.gpa).frame();
     'again: loop {
-        let mut rights = Rights::all();
-        let mut table = root;
-        let mut level = root_level;
+        let Start {
+            mut table,
+            mut level,
+            mut rights,
+        } = start;
         // Entries of this walk that lack an accessed flag.
         let mut stale = [(0usize, 0u64); 5];
         let mut stale_count = 0;
@@ -356,6 +428,11 @@ fn walk<F: Format>(machine: &Machine, format: F, access: &GuestAccess) -> Result
                 Decoded::Malformed => return refuse(Failure::Malformed),
                 Decoded::Table { hpa, rights } => (hpa, rights, false),
                 Decoded::Leaf { hpa, rights } => (hpa, rights, true),
+            };
+            let last = Start {
+                table,
+                level,
+                rights,
             };
             rights &= allowed;
             if !leaf {
@@ -395,11 +472,12 @@ fn walk<F: Format>(machine: &Machine, format: F, access: &GuestAccess) -> Result
                 }
             }
             let inside = access.gpa & (level.bytes() - 1) & PAGE_MASK;
-            return Ok(HostPage {
+            let page = HostPage {
                 hpa: Hpa::new(hpa.get() | inside),
                 rights,
                 dirty,
-            });
+            };
+            return Ok((page, last));
         }
     }
 }
@@ -435,11 +513,11 @@ fn host_fault(place: usize) -> Exit {
 impl Memory {
     /// Translates a guest-physical address to a page of host memory.
     pub(crate) fn second_stage(
-        &self,
+        &mut self,
         machine: &Machine,
         access: &GuestAccess,
     ) -> Result<HostPage, Exit> {
-        self.walker.translate(machine, access)
+        self.walker.translate(machine, &mut self.walk_cache, access)
     }
 }
 

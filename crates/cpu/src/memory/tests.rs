@@ -104,7 +104,7 @@ impl Host {
         core.cr3 = 8 << 12;
         core.cr4 = cr4::PAE;
         core.efer = efer::LME | efer::LMA | efer::NXE;
-        core.flush_tlb();
+        core.flush_all();
         cpu
     }
 }
@@ -317,7 +317,7 @@ fn a_violation_names_the_access_and_what_the_entries_allow() {
     );
     // A guest table: read and write, since accessed and dirty flags are enabled.
     host.put(3, 11, 0);
-    core.flush_tlb();
+    core.flush_all();
     let result = core.load::<u8>(0x22_000);
     let place = (11 << 12) | (0x22 * 8);
     assert_eq!(
@@ -377,7 +377,7 @@ fn nested_page_faults_carry_amds_error_code() {
     let result = core.fetch(0x20_000).map(|_| ());
     assert_eq!(code(core, result), (0x20_000, FINAL | 16 | 4 | 1));
     host.put(3, 11, host.hpa(11) | 5);
-    core.flush_tlb();
+    core.flush_all();
     let result = core.load::<u8>(0x22_000).map(|_| ());
     assert_eq!(
         code(core, result),
@@ -440,7 +440,7 @@ fn tables_that_point_at_themselves_end_in_an_answer() {
     let mut cpu = host.paged(&machine);
     let core = &mut cpu.core;
     host.put(8, 0, 8 << 12 | 7);
-    core.flush_tlb();
+    core.flush_all();
     assert_eq!(
         core.load::<u64>(0),
         Ok(8 << 12 | 7 | 0x20),
@@ -448,7 +448,7 @@ fn tables_that_point_at_themselves_end_in_an_answer() {
     );
     // The second stage too: the root as its own table, then as a page.
     host.put(0, 0, host.hpa(0) | host.leaf());
-    core.flush_tlb();
+    core.flush_all();
     let result = core.load::<u64>(0);
     assert!(matches!(exit_of(core, result), Exit::SecondStage(_)));
 }
@@ -467,12 +467,50 @@ fn a_guest_that_changes_its_tables_sees_it_after_a_flush_and_large_pages_flush_w
     assert_eq!(core.load::<u64>(0x20_000), Ok(0x21));
     // A 2 MiB page instead of the table: both of its 4 KiB pieces go with one INVLPG.
     host.put(10, 0, 0x87);
-    core.flush_tlb();
+    core.flush_all();
     assert_eq!(core.load::<u64>(0x20_000), Ok(0x20));
     assert_eq!(core.load::<u64>(0x21_000), Ok(0x21));
     host.put(10, 0, 11 << 12 | 7);
     core.flush_page(0x1f_f000);
     assert_eq!(core.load::<u64>(0x20_000), Ok(0x21));
+}
+
+#[test]
+fn what_is_remembered_of_upper_levels_never_refuses_an_access() {
+    for kind in [SecondStageKind::Ept, SecondStageKind::Npt] {
+        let host = Host::new(kind);
+        let machine = host.machine();
+        let mut cpu = host.paged(&machine);
+        let core = &mut cpu.core;
+        // Upper levels that allow reading only, remembered by a read, then widened without a
+        // flush: of the guest's tables first, then of the second stage.
+        host.put(9, 0, (10 << 12) | 5);
+        core.load::<u8>(0x20_000).unwrap();
+        let result = core.store(0x20_000, 1u8);
+        assert_eq!(fault_of(core, result).0, vector::PF);
+        host.put(9, 0, (10 << 12) | 7);
+        assert_eq!(core.store(0x20_000, 1u8), Ok(()));
+        let read_only = match kind {
+            SecondStageKind::Ept => (EptFlags::READ | EptFlags::EXECUTE).bits(),
+            SecondStageKind::Npt => 5,
+        };
+        host.put(2, 0, host.hpa(3) | host.table());
+        let all = host.get(1, 0);
+        core.flush_all();
+        core.load::<u8>(0x21_000).unwrap();
+        host.put(1, 0, host.hpa(2) | read_only);
+        core.flush_all();
+        // Guest tables count as written, so the guest walks without them here.
+        core.cr0 = 0;
+        core.cr4 = 0;
+        core.efer = 0;
+        core.flush_all();
+        core.load::<u8>(0x22_000).unwrap();
+        let result = core.store(0x22_000, 1u8);
+        assert!(matches!(exit_of(core, result), Exit::SecondStage(_)));
+        host.put(1, 0, all);
+        assert_eq!(core.store(0x22_000, 1u8), Ok(()));
+    }
 }
 
 #[test]
@@ -493,7 +531,7 @@ fn rights_are_those_of_the_privilege_level_and_of_smap() {
     assert_eq!(core.load_sys::<u8>(0x20_000), Ok(0));
     core.user = false;
     core.cr4 |= cr4::SMAP;
-    core.flush_tlb();
+    core.flush_all();
     let result = core.store(0x21_000, 1u8);
     assert_eq!(
         fault_of(core, result),
@@ -669,7 +707,7 @@ fn locked_changes_of_two_processors_add_up_even_across_scattered_pages() {
                 core.cr3 = 8 << 12;
                 core.cr4 = cr4::PAE;
                 core.efer = efer::LME | efer::LMA;
-                core.flush_tlb();
+                core.flush_all();
                 core.line.enter();
                 for round in 0..ROUNDS {
                     if core.line.asked() {
