@@ -8,7 +8,7 @@ use crate::mode::Mode;
 use crate::op::{Handler, Op};
 use crate::trap::{Exit, Trap, UnknownInstruction};
 use crate::{
-    bits, control, control_registers, events, integer, io, msr, muldiv, segments, shifts, sse,
+    bits, control, control_registers, events, far, integer, io, msr, muldiv, segments, shifts, sse,
     stack, strings, syscall, system, system_flags, tables,
 };
 use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic};
@@ -34,6 +34,7 @@ fn select(form: &Form) -> Option<Handler> {
         .or_else(|| strings::select(form))
         .or_else(|| io::select(form))
         .or_else(|| segments::select(form))
+        .or_else(|| far::select(form))
         .or_else(|| events::select(form))
         .or_else(|| control_registers::select(form))
         .or_else(|| msr::select(form))

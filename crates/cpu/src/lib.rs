@@ -11,11 +11,14 @@
 //! The processors of one virtual machine share a [`Machine`]; other threads reach a running
 //! processor only through its [`Line`].
 //!
-//! Where things are: bytes become operations in `decode` (with a table per subject) and are kept
-//! by `blocks`; `cpu` runs them; what an instruction computes is in `alu`, `shifts`, `muldiv`,
-//! `bits` and `sse` as functions over plain values; `integer`, `control`, `strings`, `system`,
-//! `io` and the like fetch their operands and store their results; `segments` and `events` know
-//! descriptors, exceptions and interrupts; `memory` translates and accesses.
+//! Where things are: bytes become operations in `decode` (`form` looks at an instruction, `op` is
+//! what it becomes, `fuse` joins two) and are kept by `blocks`; `execute` runs them for `cpu`, the
+//! hypervisor's side. What an instruction computes is in `alu`, `shifts`, `muldiv`, `bits` and
+//! `sse` as functions over plain values; `integer`, `stack`, `control`, `strings` and `io` fetch
+//! their operands and store their results. `segments`, `far` and `events` know descriptors, far
+//! transfers, exceptions and interrupts; `control_registers`, `msr`, `tables`, `syscall`,
+//! `system_flags`, `system` and `cpuid` are the system instructions. `memory` translates and
+//! accesses.
 
 mod alu;
 mod barrier;
@@ -29,6 +32,7 @@ pub mod cpuid;
 mod decode;
 mod events;
 mod execute;
+mod far;
 mod flags;
 mod form;
 mod fuse;

@@ -2,10 +2,10 @@
 //! and STAC.
 
 use crate::core_state::Core;
+use crate::far::changeable_flags;
 use crate::form::Form;
 use crate::int::Int;
 use crate::op::{Handler, Op};
-use crate::segments::changeable_flags;
 use crate::state::rflags;
 use crate::trap::Trap;
 use iced_x86::Mnemonic as M;
