@@ -28,6 +28,12 @@ pub(crate) struct Change {
 impl Change {
     #[inline]
     fn begin(begin: impl FnOnce() -> Option<HostChange>) -> Option<Self> {
+        if Undisturbed::is_in_force() {
+            // The library itself allocates, with the program's allocator, which may give memory
+            // back meanwhile. No slot is behind that memory, and the locks that a change takes may
+            // be this thread's own.
+            return None;
+        }
         process::settle();
         let section = Undisturbed::begin();
         begin().map(|guard| Self {

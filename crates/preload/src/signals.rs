@@ -84,6 +84,12 @@ impl Undisturbed {
         section
     }
 
+    /// Whether the thread is in a section.
+    #[inline]
+    pub(crate) fn is_in_force() -> bool {
+        WAITING.with(|waiting| waiting.sections.get() != 0)
+    }
+
     /// Unblocks SIGSEGV and SIGBUS. Threads of VMMs like to block all signals; but an access to
     /// memory that has vanished kills the process if its signal is blocked.
     #[cold]

@@ -147,6 +147,11 @@ fn guest_memory_that_vanishes_ends_the_run_and_not_the_program() {
     check_on_twofold("vanished_memory");
 }
 
+#[test]
+fn an_allocator_that_unmaps_what_is_freed_does_not_block_the_library() {
+    check_on_both("allocator");
+}
+
 // ---- programs that have nothing to do with KVM --------------------------------------------------
 
 /// What `script` prints and how it ends, without and with the library.
