@@ -3,6 +3,7 @@
 //! A capability is listed when everything that it stands for is there. What is not listed
 //! answers 0, as KVM does for numbers it does not know.
 
+use crate::vm::HypercallExits;
 use kvm_bindings as kvm;
 
 /// vCPUs that one VM may have.
@@ -93,6 +94,7 @@ static CAPABILITIES: &[Capability] = capabilities! {
     X86_USER_SPACE_MSR: KVM_CAP_X86_USER_SPACE_MSR = 1,
     SET_GUEST_DEBUG2: KVM_CAP_SET_GUEST_DEBUG2 = GUEST_DEBUG_BITS,
     SREGS2: KVM_CAP_SREGS2 = 1,
+    EXIT_HYPERCALL: KVM_CAP_EXIT_HYPERCALL = HypercallExits::all().bits(),
     BINARY_STATS_FD: KVM_CAP_BINARY_STATS_FD = 1,
     EXIT_ON_EMULATION_FAILURE: KVM_CAP_EXIT_ON_EMULATION_FAILURE = 1,
     DISABLE_QUIRKS2: KVM_CAP_DISABLE_QUIRKS2 = VALID_QUIRKS,

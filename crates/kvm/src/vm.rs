@@ -54,7 +54,8 @@ pub struct Vm {
     irqchip_model: AtomicU8,
     boot_cpu_id: AtomicU32,
     exception_payload: AtomicBool,
-    unknown_msr_exits: AtomicBool,
+    /// `KVM_MSR_EXIT_REASON_*` that leave the guest.
+    msr_exits: AtomicU32,
     hypercall_exits: AtomicU32,
     pit: AtomicBool,
     /// 0 for the host's rate.
@@ -70,6 +71,8 @@ struct Config {
     irqchip: Irqchip,
     mmu_pages: u64,
     disabled_quirks: u64,
+    /// The limit of vCPU ids that the program set.
+    max_vcpu_ids: Option<u32>,
 }
 
 impl Vm {
@@ -95,7 +98,7 @@ impl Vm {
             irqchip_model: AtomicU8::new(0),
             boot_cpu_id: AtomicU32::new(0),
             exception_payload: AtomicBool::new(false),
-            unknown_msr_exits: AtomicBool::new(false),
+            msr_exits: AtomicU32::new(0),
             hypercall_exits: AtomicU32::new(0),
             pit: AtomicBool::new(false),
             tsc_khz: AtomicU32::new(0),
@@ -158,8 +161,9 @@ impl Vm {
         self.exception_payload.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn exits_for_unknown_msrs(&self) -> bool {
-        self.unknown_msr_exits.load(Ordering::Relaxed)
+    /// Whether a failed RDMSR or WRMSR leaves the guest for this reason.
+    pub(crate) fn exits_for_msr(&self, reason: u32) -> bool {
+        self.msr_exits.load(Ordering::Relaxed) & reason != 0
     }
 
     pub(crate) fn hypercall_exits(&self) -> HypercallExits {
@@ -174,7 +178,8 @@ impl Vm {
     /// `KVM_CREATE_VCPU`: the vCPU and the file that its program maps.
     ///
     /// # Errors
-    /// `EINVAL` for an id of 4096 and above, and for more than 1024 vCPUs; `EEXIST` for an id that
+    /// `EINVAL` for an id of 4096 and above (or of the lower limit that the program set), and for
+    /// more than 1024 vCPUs; `EEXIST` for an id that
     /// has been given away, even if its descriptor is closed; whatever making the file gives.
     pub fn create_vcpu(self: &Arc<Self>, id: u64) -> Result<(Vcpu, OwnedFd), Errno> {
         let id = u32::try_from(id).map_err(|_| Errno::INVAL)?;
@@ -183,7 +188,9 @@ impl Vm {
         }
         let index = {
             let config = self.config.lock();
-            if config.vcpus.len() >= capability::MAX_VCPUS as usize {
+            if config.vcpus.len() >= capability::MAX_VCPUS as usize
+                || config.max_vcpu_ids.is_some_and(|limit| id >= limit)
+            {
                 return Err(Errno::INVAL);
             }
             config.vcpus.len()
@@ -301,12 +308,32 @@ impl Vm {
     /// `KVM_SET_BOOT_CPU_ID`
     ///
     /// # Errors
-    /// `EBUSY` once there are vCPUs.
-    pub fn set_boot_cpu_id(&self, id: u32) -> Result<(), Errno> {
-        if self.has_vcpus() {
+    /// `EBUSY` once there are vCPUs; `EINVAL` for an id beyond the limit.
+    pub fn set_boot_cpu_id(&self, id: u64) -> Result<(), Errno> {
+        let config = self.config.lock();
+        if !config.vcpus.is_empty() {
             return Err(Errno::BUSY);
         }
+        let limit = config.max_vcpu_ids.unwrap_or(capability::MAX_VCPU_ID);
+        let id = u32::try_from(id)
+            .ok()
+            .filter(|id| *id <= limit)
+            .ok_or(Errno::INVAL)?;
         self.boot_cpu_id.store(id, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// `KVM_CAP_MAX_VCPU_ID`: lowers the limit of vCPU ids, once.
+    fn limit_vcpu_ids(&self, limit: u64) -> Result<(), Errno> {
+        let mut config = self.config.lock();
+        let limit = u32::try_from(limit)
+            .ok()
+            .filter(|limit| *limit <= capability::MAX_VCPU_ID && self.boot_cpu_id() <= *limit)
+            .ok_or(Errno::INVAL)?;
+        if limit == 0 || config.max_vcpu_ids.is_some_and(|fixed| fixed != limit) {
+            return Err(Errno::INVAL);
+        }
+        config.max_vcpu_ids = Some(limit);
         Ok(())
     }
 
@@ -526,6 +553,7 @@ impl Vm {
                 }
                 self.create_irqchip_model(Model::Split)
             }
+            kvm::KVM_CAP_MAX_VCPU_ID => self.limit_vcpu_ids(argument),
             kvm::KVM_CAP_EXCEPTION_PAYLOAD => {
                 self.exception_payload
                     .store(argument != 0, Ordering::Relaxed);
@@ -535,8 +563,7 @@ impl Vm {
                 if argument & !u64::from(kvm::KVM_MSR_EXIT_REASON_VALID_MASK) != 0 {
                     return Err(Errno::INVAL);
                 }
-                let unknown = argument & u64::from(kvm::KVM_MSR_EXIT_REASON_UNKNOWN) != 0;
-                self.unknown_msr_exits.store(unknown, Ordering::Relaxed);
+                self.msr_exits.store(argument as u32, Ordering::Relaxed);
                 Ok(())
             }
             kvm::KVM_CAP_EXIT_HYPERCALL => {

@@ -156,6 +156,7 @@ fn what_must_come_before_the_vcpus_is_refused_after() {
     let kvm = Fd::open();
     let vm = kvm.descriptor(KVM_CREATE_VM, 0);
     assert_eq!(vm.set(KVM_SET_IDENTITY_MAP_ADDR, 0xfffb_c000_u64), Ok(0));
+    assert_eq!(vm.call(KVM_SET_BOOT_CPU_ID, 4097), Err(Errno::INVAL));
     assert_eq!(vm.call(KVM_SET_BOOT_CPU_ID, 1), Ok(0));
     assert_eq!(vm.call(KVM_SET_TSS_ADDR, 0xfffb_d000), Ok(0));
     assert_eq!(vm.call(KVM_SET_TSS_ADDR, 0xffff_e000), Err(Errno::INVAL));
@@ -401,6 +402,10 @@ fn capabilities_are_enabled_with_valid_arguments_only() {
     );
     assert_eq!(enable(KVM_CAP_SPLIT_IRQCHIP, 4097, 0), Err(Errno::INVAL));
     assert_eq!(enable(KVM_CAP_SPLIT_IRQCHIP, 24, 0), Ok(0));
+    assert_eq!(enable(KVM_CAP_MAX_VCPU_ID, 4097, 0), Err(Errno::INVAL));
+    assert_eq!(enable(KVM_CAP_MAX_VCPU_ID, 8, 0), Ok(0));
+    assert_eq!(enable(KVM_CAP_MAX_VCPU_ID, 9, 0), Err(Errno::INVAL));
+    assert_eq!(vm.call(KVM_CREATE_VCPU, 8), Err(Errno::INVAL));
     assert_eq!(vm.call(KVM_SET_NR_MMU_PAGES, 63), Err(Errno::INVAL));
     assert_eq!(vm.call(KVM_SET_NR_MMU_PAGES, 64), Ok(0));
     assert_eq!(vm.call(KVM_GET_NR_MMU_PAGES, 0), Ok(64));

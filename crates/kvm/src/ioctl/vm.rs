@@ -37,7 +37,7 @@ pub(super) fn ioctl(vm: &Arc<Vm>, request: u64, argument: usize) -> Reply {
             vm.set_identity_map_addr()?;
             read::<u64>(argument).map(|_| 0)
         }
-        KVM_SET_BOOT_CPU_ID => done(vm.set_boot_cpu_id(argument as u32)),
+        KVM_SET_BOOT_CPU_ID => done(vm.set_boot_cpu_id(argument as u64)),
         KVM_CREATE_IRQCHIP => done(vm.create_irqchip()),
         KVM_GET_IRQCHIP => {
             // Only the first word says which; the whole structure comes in, as with KVM.

@@ -200,7 +200,8 @@ impl VcpuState {
         cr4 & !self.cr4_offered() == 0
     }
 
-    /// The bits of CR4 that the vCPU's CPUID table offers.
+    /// The bits of CR4 that the vCPU's CPUID table offers; all that the processor has before it
+    /// gets one, as with KVM.
     fn cr4_offered(&self) -> u64 {
         let mut bits = cr4::VME
             | cr4::PVI
@@ -219,7 +220,7 @@ impl VcpuState {
             (cr4::SMEP, 1 << 7),
             (cr4::SMAP, 1 << 20),
         ] {
-            if leaf_7 & offered != 0 {
+            if self.cpuid.is_empty() || leaf_7 & offered != 0 {
                 bits |= bit;
             }
         }

@@ -14,8 +14,9 @@ use kvm_bindings::{
     KVM_EXIT_HLT, KVM_EXIT_INTR, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_SHUTDOWN, KVM_EXIT_UNKNOWN,
     KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_INTERNAL_ERROR_EMULATION, KVM_MP_STATE_HALTED,
     KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_SIPI_RECEIVED,
-    KVM_MP_STATE_UNINITIALIZED, KVM_MSR_EXIT_REASON_UNKNOWN, KVM_SYNC_X86_EVENTS,
-    KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, KVM_SYNC_X86_VALID_FIELDS, kvm_sync_regs,
+    KVM_MP_STATE_UNINITIALIZED, KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN,
+    KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, KVM_SYNC_X86_VALID_FIELDS,
+    kvm_sync_regs,
 };
 use rustix::io::Errno;
 use std::mem::offset_of;
@@ -494,13 +495,13 @@ impl Vcpu {
 
     fn read_msr(&self, state: &mut VcpuState, index: u32) -> Next {
         let value = state.msr(index);
-        if value.is_none() && self.vm.exits_for_unknown_msrs() {
-            state.answer = Answer::Rdmsr;
-            let page = &self.core.run;
-            page.set_msr(KVM_EXIT_X86_RDMSR, KVM_MSR_EXIT_REASON_UNKNOWN, index, 0);
-            return Next::Return(KVM_EXIT_X86_RDMSR);
-        }
         if value.is_none() {
+            if self.vm.exits_for_msr(KVM_MSR_EXIT_REASON_UNKNOWN) {
+                state.answer = Answer::Rdmsr;
+                let page = &self.core.run;
+                page.set_msr(KVM_EXIT_X86_RDMSR, KVM_MSR_EXIT_REASON_UNKNOWN, index, 0);
+                return Next::Return(KVM_EXIT_X86_RDMSR);
+            }
             tracing::debug!(
                 index = format_args!("{index:#x}"),
                 "RDMSR of an unknown register"
@@ -512,18 +513,19 @@ impl Vcpu {
 
     fn write_msr(&self, state: &mut VcpuState, index: u32, value: u64) -> Next {
         let accepted = state.set_msr(index, value, true);
-        if !accepted && self.vm.exits_for_unknown_msrs() && state.msr(index).is_none() {
-            state.answer = Answer::Wrmsr;
-            let page = &self.core.run;
-            page.set_msr(
-                KVM_EXIT_X86_WRMSR,
-                KVM_MSR_EXIT_REASON_UNKNOWN,
-                index,
-                value,
-            );
-            return Next::Return(KVM_EXIT_X86_WRMSR);
-        }
         if !accepted {
+            let reason = if state.msr(index).is_none() {
+                KVM_MSR_EXIT_REASON_UNKNOWN
+            } else {
+                KVM_MSR_EXIT_REASON_INVAL
+            };
+            if self.vm.exits_for_msr(reason) {
+                state.answer = Answer::Wrmsr;
+                self.core
+                    .run
+                    .set_msr(KVM_EXIT_X86_WRMSR, reason, index, value);
+                return Next::Return(KVM_EXIT_X86_WRMSR);
+            }
             tracing::debug!(
                 index = format_args!("{index:#x}"),
                 value = format_args!("{value:#x}"),

@@ -1,6 +1,13 @@
 //! A KVM client in a few lines, over `abi` instead of system calls.
-#![allow(dead_code, unreachable_pub, missing_docs, unsafe_code)]
-#![allow(clippy::unwrap_used, clippy::expect_used)] // UNSAFETY: maps memory and reads what was mapped.
+// UNSAFETY: maps memory and reads what was mapped.
+#![allow(unsafe_code)]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used
+)]
 
 use rustix::mm::{MapFlags, ProtFlags};
 use std::os::fd::{BorrowedFd, RawFd};
