@@ -371,40 +371,68 @@ fn walk<F: Format>(
         return Ok(page);
     }
     // What is cached never decides that an access fails.
-    let (root, level) = format.root();
+    let stop = match walk_from_root(machine, format, access) {
+        Ok((page, last)) => {
+            if last.level <= Level::L2M {
+                cache.put(access.gpa, last);
+            }
+            return Ok(page);
+        }
+        Err(stop) => stop,
+    };
+    Err(match stop {
+        Stop::Refused(failure) => Exit::SecondStage(format.fault(failure, access)),
+        Stop::Vanished(place) => Exit::HostFault { hva: place as u64 },
+    })
+}
+
+fn walk_from_root<F: Format>(
+    machine: &Machine,
+    format: F,
+    access: &GuestAccess,
+) -> Result<(HostPage, Start), Stop> {
+    let (table, level) = format.root();
     // Addresses that the root does not cover are not translated by anything.
-    if root.get() == 0 || access.gpa >> (level.shift() + 9) != 0 {
-        let failure = Failure::Denied {
+    if table.get() == 0 || access.gpa >> (level.shift() + 9) != 0 {
+        return Err(Stop::Refused(Failure::Denied {
             rights: Rights::empty(),
             present: false,
-        };
-        return Err(Exit::SecondStage(format.fault(failure, access)));
+        }));
     }
-    let start = Start {
-        table: root,
-        level,
-        rights: Rights::all(),
-    };
-    let (page, last) = descend(machine, format, access, start)?;
-    if last.level <= Level::L2M {
-        cache.put(access.gpa, last);
-    }
-    Ok(page)
+    descend(
+        machine,
+        format,
+        access,
+        Start {
+            table,
+            level,
+            rights: Rights::all(),
+        },
+    )
+}
+
+/// Why a walk ended early.
+enum Stop {
+    /// The tables do not allow the access.
+    Refused(Failure),
+    /// There is no memory at this address of the process.
+    Vanished(usize),
 }
 
 /// Walks down from a table. Also returns the last table of the walk.
+#[inline(always)]
 fn descend<F: Format>(
     machine: &Machine,
     format: F,
     access: &GuestAccess,
     start: Start,
-) -> Result<(HostPage, Start), Exit> {
+) -> Result<(HostPage, Start), Stop> {
     let wanted = match access.operation {
         Operation::Read => Rights::READ,
         Operation::Write => Rights::WRITE,
         Operation::Fetch => Rights::EXECUTE,
     };
-    let refuse = |failure| Err(Exit::SecondStage(format.fault(failure, access)));
+    let refuse = |failure| Err(Stop::Refused(failure));
     let gfn = Gpa::new(access.gpa).frame();
     'again: loop {
         let Start {
@@ -485,16 +513,16 @@ fn descend<F: Format>(
 /// Reads a table entry. Tables are the hypervisor's own memory and do not vanish, but a wrong root
 /// must not crash the program either.
 #[inline(always)]
-fn read_entry(place: usize) -> Result<u64, Exit> {
+fn read_entry(place: usize) -> Result<u64, Stop> {
     let pointer = std::ptr::with_exposed_provenance::<u8>(place);
     #[expect(unsafe_code)]
     // UNSAFETY: second-stage tables are raw memory.
     // SAFETY: the address comes from the root or from an entry that points to a table; the MMU
     // frees a table only after no vCPU can be walking it.
-    unsafe { u64::load(pointer) }.map_err(|Vanished| host_fault(place))
+    unsafe { u64::load(pointer) }.map_err(|Vanished| Stop::Vanished(place))
 }
 
-fn exchange_entry(place: usize, old: u64, new: u64) -> Result<bool, Exit> {
+fn exchange_entry(place: usize, old: u64, new: u64) -> Result<bool, Stop> {
     let pointer = std::ptr::with_exposed_provenance_mut::<u8>(place);
     #[expect(unsafe_code)]
     // UNSAFETY: second-stage tables are raw memory.
@@ -502,12 +530,7 @@ fn exchange_entry(place: usize, old: u64, new: u64) -> Result<bool, Exit> {
     let found = unsafe { u64::compare_exchange(pointer, old, new) };
     found
         .map(|found| found == old)
-        .map_err(|Vanished| host_fault(place))
-}
-
-#[cold]
-fn host_fault(place: usize) -> Exit {
-    Exit::HostFault { hva: place as u64 }
+        .map_err(|Vanished| Stop::Vanished(place))
 }
 
 impl Memory {
