@@ -410,7 +410,7 @@ impl Cpu {
     /// Whether RFLAGS.IF is set.
     #[inline]
     pub fn interrupts_enabled(&self) -> bool {
-        self.core.flags.image() & crate::state::rflags::IF != 0
+        self.core.flags.system() & crate::state::rflags::IF != 0
     }
 
     /// CR8, the task priority.
