@@ -70,7 +70,6 @@ struct Config {
     vcpus: Vec<Arc<VcpuCore>>,
     irqchip: Irqchip,
     mmu_pages: u64,
-    disabled_quirks: u64,
     /// The limit of vCPU ids that the program set.
     max_vcpu_ids: Option<u32>,
 }
@@ -541,8 +540,6 @@ impl Vm {
                 {
                     return Err(Errno::INVAL);
                 }
-                let mut config = self.config.lock();
-                config.disabled_quirks = argument;
                 let zap_all = argument & u64::from(kvm::KVM_X86_QUIRK_SLOT_ZAP_ALL) == 0;
                 self.tables.set_slot_zap_all(zap_all);
                 Ok(())
