@@ -191,6 +191,7 @@ impl Generator {
             bitness: self.bitness,
             registers,
             patches: Vec::new(),
+            undefined: 0,
         };
         self.narrow_registers(&mut case, &instruction, rng);
         self.place_memory(&mut case, &mut instruction, floating, rng);

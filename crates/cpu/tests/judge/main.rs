@@ -11,6 +11,7 @@ mod forms;
 mod guest;
 mod native;
 mod rng;
+mod sequences;
 mod state;
 mod verdict;
 
@@ -19,6 +20,7 @@ use guest::Guest;
 use iced_x86::{Code, Instruction};
 use native::Native;
 use rng::Rng;
+use sequences::Sequences;
 use state::{CODE, CODE_BYTES, Case, DATA_BYTES, Outcome};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -58,6 +60,14 @@ struct Court {
 }
 
 impl Court {
+    fn new() -> Self {
+        Self {
+            native: Native::new(),
+            guest: Guest::new(),
+            pattern: vec![0; DATA_BYTES],
+        }
+    }
+
     /// Puts code and data in place on both sides.
     fn prepare(&mut self, case: &Case) {
         place_code(case, self.native.code());
@@ -100,11 +110,7 @@ fn judge_all(bitness: u32) -> Report {
     let seed = from_environment("TWOFOLD_JUDGE_SEED", 0x2f01d);
     let only = std::env::var("TWOFOLD_JUDGE_ONLY").unwrap_or_default();
     let mut report = Report::default();
-    let mut court = Court {
-        native: Native::new(),
-        guest: Guest::new(),
-        pattern: vec![0; DATA_BYTES],
-    };
+    let mut court = Court::new();
     let mut generator = Generator::new(bitness);
     for code in Code::values() {
         let name = format!("{code:?}");
@@ -237,6 +243,50 @@ fn every_form_does_what_the_host_does_in_32_bit_code() {
         "{} forms differ",
         report.differences.len()
     );
+}
+
+/// Sequences that are tried for each case that a form gets.
+const SEQUENCES: u64 = 60;
+
+fn judge_sequences(bitness: u32) {
+    let count = SEQUENCES * from_environment("TWOFOLD_JUDGE_CASES", CASES);
+    let mut rng = Rng::new(from_environment("TWOFOLD_JUDGE_SEED", 0x5e0) ^ u64::from(bitness));
+    let mut court = Court::new();
+    let mut sequences = Sequences::new(bitness);
+    let (mut judged, mut differences) = (0, Vec::new());
+    for _ in 0..count {
+        let Some((case, last)) = sequences.case(&mut rng) else {
+            continue;
+        };
+        judged += 1;
+        let (expected, difference) = court.judge(&case, &last);
+        if let Some(difference) = difference {
+            differences.push(verdict::describe(&case, &last, &expected, &difference));
+        }
+    }
+    println!(
+        "{bitness}-bit: {judged} sequences of {count} tried, {} differ",
+        differences.len()
+    );
+    for difference in differences.iter().take(10) {
+        println!("{difference}");
+    }
+    assert!(judged > count / 10, "too few sequences were found");
+    assert!(
+        differences.is_empty(),
+        "{} sequences differ",
+        differences.len()
+    );
+}
+
+#[test]
+fn sequences_do_what_the_host_does_in_64_bit_code() {
+    judge_sequences(64);
+}
+
+#[test]
+fn sequences_do_what_the_host_does_in_32_bit_code() {
+    judge_sequences(32);
 }
 
 /// The judge must be able to convict: each kind of difference is seen.

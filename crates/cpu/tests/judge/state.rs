@@ -74,4 +74,6 @@ pub struct Case {
     pub registers: Registers,
     /// Bytes to put over the data pages' pattern, by offset.
     pub patches: Vec<(usize, Vec<u8>)>,
+    /// Flags that are not compared, beside those that the last instruction leaves undefined.
+    pub undefined: u64,
 }

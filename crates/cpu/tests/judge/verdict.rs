@@ -124,7 +124,7 @@ fn has_operand_size_prefix(case: &Case) -> bool {
 }
 
 /// Flags that are not compared after the instruction has completed.
-fn undefined_flags(case: &Case, instruction: &Instruction) -> u64 {
+pub fn undefined_flags(case: &Case, instruction: &Instruction) -> u64 {
     use Mnemonic as M;
     use iced_x86::RflagsBits as R;
     let bits = instruction.rflags_undefined();
@@ -250,7 +250,7 @@ pub fn compare(
     let partial = !completed
         && (instruction.has_rep_prefix() || instruction.has_repne_prefix())
         && instruction.rflags_modified() != 0;
-    let mut mask = flag::COMPARED;
+    let mut mask = flag::COMPARED & !case.undefined;
     if completed {
         mask &= !undefined_flags(case, instruction);
     } else if partial {
