@@ -7,6 +7,8 @@
 #![cfg(all(target_arch = "x86_64", target_os = "linux"))]
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
 
+mod encoding;
+mod exclusions;
 mod forms;
 mod guest;
 mod native;
@@ -131,7 +133,7 @@ fn judge_all(bitness: u32) -> Report {
             report.not_executed += 1;
             continue;
         }
-        if let Some(reason) = forms::excluded(code) {
+        if let Some(reason) = exclusions::excluded(code) {
             report.unverified.entry(reason).or_default().push(name);
             continue;
         }
@@ -341,7 +343,7 @@ fn the_host_agrees_with_itself() {
         let mut generator = Generator::new(bitness);
         for code in Code::values() {
             if !generator.knows(code.op_code())
-                || forms::excluded(code).is_some()
+                || exclusions::excluded(code).is_some()
                 || !verdict::host_has(code)
             {
                 continue;

@@ -1,7 +1,8 @@
 //! Several instructions in a row: what one leaves must be what the next finds, however the
 //! processor joins them.
 
-use crate::forms::{self, Generator};
+use crate::exclusions;
+use crate::forms::Generator;
 use crate::rng::Rng;
 use crate::state::{CODE, CODE_BYTES, Case, flag};
 use crate::verdict;
@@ -31,7 +32,7 @@ impl Sequences {
         let (mut plain, mut branches) = (Vec::new(), Vec::new());
         for code in Code::values() {
             if !generator.knows(code.op_code())
-                || forms::excluded(code).is_some()
+                || exclusions::excluded(code).is_some()
                 || !verdict::host_has(code)
             {
                 continue;

@@ -1,0 +1,80 @@
+//! Bytes that may encode a form.
+
+use crate::rng::Rng;
+use iced_x86::{MandatoryPrefix, OpCodeInfo, OpCodeTableKind};
+
+/// Bytes that may encode a form: an opcode with random company.
+pub fn encode(op: &OpCodeInfo, bitness: u32, rng: &mut Rng) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(24);
+    let op16 = op.operand_size() == 16;
+    if op.mandatory_prefix() == MandatoryPrefix::P66 || op16 || rng.chance(3) {
+        bytes.push(0x66);
+    }
+    if rng.chance(if op.address_size() == 32 && bitness == 64 {
+        100
+    } else {
+        8
+    }) {
+        // A 16-bit address in 32-bit code can hardly be aimed.
+        if bitness == 64 {
+            bytes.push(0x67);
+        }
+    }
+    if rng.chance(10) {
+        bytes.push(rng.pick(&[0x65, 0x65, 0x2e, 0x36, 0x3e, 0x26]));
+    }
+    match op.mandatory_prefix() {
+        MandatoryPrefix::PF3 => bytes.push(0xf3),
+        MandatoryPrefix::PF2 => bytes.push(0xf2),
+        _ => {
+            if op.can_use_lock_prefix() && rng.chance(30) {
+                bytes.push(0xf0);
+            } else if op.can_use_rep_prefix() && rng.chance(40) {
+                bytes.push(0xf3);
+            } else if op.can_use_repne_prefix() && rng.chance(40) {
+                bytes.push(0xf2);
+            }
+        }
+    }
+    if bitness == 64 {
+        let wide = op.operand_size() == 64 && !op.default_op_size64();
+        if wide || rng.chance(60) {
+            let w = if rng.chance(5) { !wide } else { wide };
+            bytes.push(0x40 | u8::from(w) << 3 | rng.below(8) as u8);
+        }
+    }
+    match op.table() {
+        OpCodeTableKind::T0F => bytes.push(0x0f),
+        OpCodeTableKind::T0F38 => bytes.extend([0x0f, 0x38]),
+        OpCodeTableKind::T0F3A => bytes.extend([0x0f, 0x3a]),
+        _ => {}
+    }
+    let opcode = op.op_code();
+    if op.op_code_len() == 2 {
+        bytes.push((opcode >> 8) as u8);
+    }
+    use iced_x86::OpCodeOperandKind as K;
+    let in_opcode = op.op_kinds().iter().any(|kind| {
+        matches!(
+            kind,
+            K::r8_opcode | K::r16_opcode | K::r32_opcode | K::r64_opcode | K::sti_opcode
+        )
+    });
+    bytes.push(opcode as u8 | if in_opcode { rng.below(8) as u8 } else { 0 });
+    let mut modrm = rng.next() as u8;
+    if rng.chance(35) {
+        modrm |= 0xc0;
+    }
+    if op.is_group() {
+        modrm = modrm & !0x38 | (op.group_index() as u8) << 3;
+    }
+    if op.is_rm_group() {
+        modrm = modrm & !7 | op.rm_group_index() as u8;
+    }
+    bytes.push(modrm);
+    while bytes.len() < 24 {
+        bytes.extend((rng.integer() as u32).to_le_bytes());
+    }
+    bytes.truncate(15);
+    bytes
+}
