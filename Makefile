@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: help build run test check unit interleavings conformance bench fuzz clean
+.PHONY: help build run test check unit interleavings conformance bench fuzz verify-cpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,14 +28,22 @@ unit: build ## unit, model, documentation and host-comparison tests
 	$(CARGO) test --quiet --workspace
 
 interleavings: ## every interleaving of the small protocols, with loom
-	RUSTFLAGS="--cfg loom" $(CARGO) test --quiet --release -p twofold-table -p twofold-mmu --lib --target-dir target/loom interleavings
+	RUSTFLAGS="--cfg loom" CARGO_PROFILE_RELEASE_LTO=off $(CARGO) test --quiet --release \
+		-p twofold-table -p twofold-mmu -p twofold-cpu --lib --target-dir target/loom interleavings
 
 conformance: build ## KVM's own selftests and the tests of kvm-ioctls, unmodified
 	conformance/selfcheck.sh
 	conformance/run.sh --if-available
 
-bench: ## figures beside what they are compared with
-	$(CARGO) run --release --quiet -p twofold-bench
+bench: build ## figures beside what they are compared with
+	$(CARGO) build --release --quiet -p twofold-bench
+	target/release/twofold-bench
+
+fuzz: ## random ioctl sequences, many of them
+	TWOFOLD_FUZZ_CASES=20000 $(CARGO) test --release -p twofold-kvm --test fuzz
+
+verify-cpu: ## every instruction form against the host's processor, at length
+	TWOFOLD_JUDGE_CASES=20000 $(CARGO) test --release -p twofold-cpu --test judge -- --nocapture
 
 clean: ## remove everything that was built
 	$(CARGO) clean

@@ -187,9 +187,9 @@ mod tests {
 }
 
 /// Every interleaving of one vCPU with one thread that takes a page away:
-/// `RUSTFLAGS="--cfg loom" cargo test -p twofold-cpu --release --lib line::model`.
+/// `make interleavings`.
 #[cfg(all(test, loom))]
-mod model {
+mod interleavings {
     use super::*;
     use loom::cell::UnsafeCell;
     use loom::sync::Arc;
