@@ -131,11 +131,15 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                 .populate(known.info.hva_of(gfn), error.is_write())
             {
                 Ok(page) if error.is_write() && !page.writable => {
-                    return Err(FaultError::BadHostMemory);
+                    return self.refused(&known, snapshot, FaultError::BadHostMemory);
                 }
                 Ok(page) => page,
-                Err(PopulateError::Fault) => return Err(FaultError::BadHostMemory),
-                Err(PopulateError::Poisoned) => return Err(FaultError::Poisoned),
+                Err(PopulateError::Fault) => {
+                    return self.refused(&known, snapshot, FaultError::BadHostMemory);
+                }
+                Err(PopulateError::Poisoned) => {
+                    return self.refused(&known, snapshot, FaultError::Poisoned);
+                }
                 Err(PopulateError::Interrupted) => return Err(FaultError::Interrupted),
                 Err(PopulateError::Again) => return Ok(Outcome::Retry),
             };
@@ -151,6 +155,27 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             }
         }
         Ok(Outcome::Retry)
+    }
+
+    /// The host has refused a page. That is `reason` enough to fail only if the slot and its memory
+    /// have stood still since they were looked up: a program may delete a slot and unmap its
+    /// memory while a fault on it is in flight, and nothing waits for a fault that asks the host.
+    #[cold]
+    fn refused(
+        &self,
+        known: &KnownSlot,
+        snapshot: Snapshot,
+        reason: FaultError,
+    ) -> Result<Outcome, FaultError> {
+        let slot_stands = self
+            .spaces
+            .get(usize::from(known.info.as_id))
+            .is_some_and(|space| known.hint.is_of(space.generation()));
+        if slot_stands && self.invalidation.is_quiet_since(snapshot) {
+            Err(reason)
+        } else {
+            Ok(Outcome::Retry)
+        }
     }
 
     /// The slot that holds `gfn`, remembered for the next fault.

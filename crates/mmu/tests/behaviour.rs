@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{Found, Processor, TestHost, World, region, usual_frame, walk};
+use common::{Found, HostState, Processor, TestHost, World, region, usual_frame, walk};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use twofold_arch::{Gfn, Level, Pferr};
@@ -334,6 +334,52 @@ fn faults_retry_while_their_memory_changes_and_others_do_not() {
     vm.mmu.end_host_change(change);
     assert_eq!(vm.fault(3, Pferr::WRITE), fixed(Level::L4K));
     assert_eq!(vm.fault(0x100, Pferr::WRITE), fixed(Level::L4K));
+}
+
+#[test]
+fn memory_that_goes_with_its_slot_during_a_fault_is_no_error() {
+    let world = World::new(0x1000_0000_0000);
+    let mmu = Arc::new(Mmu::<Ept, _>::new(
+        TestHost(Arc::clone(&world)),
+        Config::default(),
+    ));
+    mmu.set_region(region(0, 1, 4, HVA >> 12, 0)).unwrap();
+    let mut reader = mmu.reader();
+    let fault = Fault {
+        gpa: Gfn::new(1).address(),
+        error: Pferr::WRITE,
+    };
+    let gone = HostState {
+        frame: 0,
+        present: false,
+        writable: false,
+    };
+    let root = mmu.load_root(RootRole::NORMAL).unwrap();
+    let (others_mmu, others_world) = (Arc::clone(&mmu), Arc::clone(&world));
+    *world.on_populate.lock().unwrap() = Some(Box::new(move || {
+        others_mmu
+            .set_region(region(0, 1, 0, HVA >> 12, 0))
+            .unwrap();
+        others_world.memory.lock().unwrap().insert(HVA >> 12, gone);
+    }));
+    let outcome = mmu.fault(&mut reader, &root, fault);
+    assert!(
+        matches!(
+            outcome,
+            Ok(Outcome::Retry | Outcome::ObsoleteRoot | Outcome::Mmio)
+        ),
+        "{outcome:?}"
+    );
+    let root = mmu.load_root(RootRole::NORMAL).unwrap();
+    assert_eq!(mmu.fault(&mut reader, &root, fault), Ok(Outcome::Mmio));
+
+    // Without a change of the slots it is one.
+    mmu.set_region(region(0, 1, 4, HVA >> 12, 0)).unwrap();
+    let root = mmu.load_root(RootRole::NORMAL).unwrap();
+    assert_eq!(
+        mmu.fault(&mut reader, &root, fault),
+        Err(FaultError::BadHostMemory)
+    );
 }
 
 #[test]

@@ -49,6 +49,8 @@ pub struct World {
     pub slow_populate: AtomicU64,
     populated: AtomicU64,
     pub on_flush: Mutex<Option<Arc<dyn Fn() + Send + Sync>>>,
+    /// What happens elsewhere while the host is asked for a page, once.
+    pub on_populate: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
 /// The frame of a host page that nobody has changed. Congruent with hva up to 1G.
@@ -71,6 +73,7 @@ impl World {
             slow_populate: AtomicU64::new(u64::MAX),
             populated: AtomicU64::new(0),
             on_flush: Mutex::default(),
+            on_populate: Mutex::default(),
         })
     }
 
@@ -144,6 +147,10 @@ unsafe impl Host for TestHost {
 
     fn populate(&self, hva: u64, write: bool) -> Result<HostPage, PopulateError> {
         assert_eq!(hva % PAGE, 0);
+        let meanwhile = self.0.on_populate.lock().unwrap().take();
+        if let Some(meanwhile) = meanwhile {
+            meanwhile();
+        }
         let state = self.0.host_state(hva);
         if !state.present || write && !state.writable {
             return Err(PopulateError::Fault);
