@@ -187,20 +187,41 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         as_id: u16,
         gfn: Gfn,
     ) -> Option<KnownSlot> {
-        let space = self.spaces.get(usize::from(as_id))?;
-        let generation = space.generation();
-        if let Some(known) = memory.slots[usize::from(as_id)]
-            && known.hint.is_of(generation)
-            && known.info.contains(gfn)
-        {
-            return Some(known);
+        match self.remembered_slot(memory, as_id, gfn) {
+            Some(known) => Some(known),
+            None => self.search_slot_apart(sections, memory, as_id, gfn),
         }
+    }
+
+    /// The slot that was found last, if it holds `gfn` and no slot has changed since.
+    #[inline(always)]
+    pub(crate) fn remembered_slot(
+        &self,
+        memory: &Memory,
+        as_id: u16,
+        gfn: Gfn,
+    ) -> Option<KnownSlot> {
+        let generation = self.spaces.get(usize::from(as_id))?.generation();
+        memory.slots[usize::from(as_id)]
+            .filter(|known| known.hint.is_of(generation) && known.info.contains(gfn))
+    }
+
+    /// [`search_slot`](Self::search_slot), out of the way of the faults that do not need it.
+    #[cold]
+    #[inline(never)]
+    fn search_slot_apart(
+        &self,
+        sections: &mut Sections<'_>,
+        memory: &mut Memory,
+        as_id: u16,
+        gfn: Gfn,
+    ) -> Option<KnownSlot> {
         self.search_slot(sections, memory, as_id, gfn)
     }
 
-    #[cold]
-    #[inline(never)]
-    fn search_slot(
+    /// The slot that holds `gfn`, from the tree; remembered for the next fault.
+    #[inline(always)]
+    pub(crate) fn search_slot(
         &self,
         sections: &mut Sections<'_>,
         memory: &mut Memory,
@@ -211,10 +232,10 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         let section = sections.enter();
         // Read before the tree: what is found is at least as new.
         let generation = space.generation();
-        let slot = space.tree.find(gfn, &section)?;
+        let found = space.tree.find_entry(gfn, &section)?;
         let known = KnownSlot {
-            info: slot.info,
-            hint: SlotTree::hint(slot, generation),
+            info: found.info(),
+            hint: found.hint(generation),
         };
         memory.slots[usize::from(as_id)] = Some(known);
         Some(known)

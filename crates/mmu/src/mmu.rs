@@ -214,8 +214,13 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     /// If `reader` belongs to another MMU.
     pub fn lookup(&self, reader: &mut Reader, as_id: u16, gpa: Gpa) -> Option<SlotInfo> {
         let (_, mut sections, memory) = reader.parts(self.id);
-        self.find_slot(&mut sections, memory, as_id, gpa.frame())
-            .map(|known| known.info)
+        let gfn = gpa.frame();
+        let known = match self.remembered_slot(memory, as_id, gfn) {
+            Some(known) => known,
+            // Part of this function: unlike in a fault, a search is nothing unusual here.
+            None => self.search_slot(&mut sections, memory, as_id, gfn)?,
+        };
+        Some(known.info)
     }
 
     /// Marks the page dirty in the slot that holds it, if that slot logs: the hypervisor wrote there.

@@ -6,6 +6,7 @@
 
 mod bitmap;
 mod by_hva;
+mod node;
 mod tree;
 
 pub(crate) use bitmap::DirtyBitmap;

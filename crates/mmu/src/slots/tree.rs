@@ -1,14 +1,18 @@
 //! Slots ordered by guest frame, for readers without a lock.
 //!
-//! A B+tree whose nodes never change except for their links. Adding or removing a slot copies one
-//! leaf (and, when it splits or empties, the nodes above as far as needed) and publishes the copy
-//! with one store of a link. Replaced nodes and slots wait in [`Garbage`]. Keys of inner nodes are
-//! lower bounds: a key may be smaller than everything below its link.
+//! A B+tree whose nodes never change except for the links of inner nodes. A leaf holds what a
+//! lookup wants to know of its slots, packed, so that 32,764 slots are searched within a core's
+//! cache; the slots themselves are reached only by those who need more. Adding, removing or
+//! replacing a slot copies one leaf (and, when it splits or empties, the nodes above as far as
+//! needed) and publishes the copy with one store of a link. Replaced nodes and slots wait in
+//! [`Garbage`]. Keys of inner nodes are lower bounds: a key may be smaller than everything below
+//! its link.
 
 // UNSAFETY: readers follow pointers that writers replace.
 #![expect(unsafe_code)]
 
-use super::{Slot, UPDATE_IN_PROGRESS};
+use super::node::{Change, Entry, Inner, Leaf, Node, edited};
+use super::{Slot, SlotInfo, UPDATE_IN_PROGRESS};
 use crate::garbage::Garbage;
 use alloc::boxed::Box;
 use core::ptr::{NonNull, null_mut};
@@ -16,113 +20,14 @@ use core::sync::atomic::{AtomicPtr, Ordering};
 use twofold_arch::Gfn;
 use twofold_table::Section;
 
-const FANOUT: usize = 64;
-/// The key of an unused entry: greater than any frame number.
-const UNUSED: u64 = 1 << 62;
-/// Keys in a cache line.
-const LINE: usize = 8;
-/// 64^6 slots.
+/// Levels of inner nodes: more than ids can fill.
 const MAX_HEIGHT: usize = 6;
-
-/// A node. Links lead to nodes, or in a leaf to slots.
-struct Node {
-    len: usize,
-    leaf: bool,
-    /// The first key of each line of keys but the first: a search looks at two lines.
-    marks: [u64; FANOUT / LINE],
-    keys: [u64; FANOUT],
-    links: [AtomicPtr<()>; FANOUT],
-}
-
-impl Node {
-    fn new(leaf: bool) -> Box<Self> {
-        Box::new(Self {
-            len: 0,
-            leaf,
-            marks: [UNUSED; FANOUT / LINE],
-            keys: [UNUSED; FANOUT],
-            links: [const { AtomicPtr::new(null_mut()) }; FANOUT],
-        })
-    }
-
-    fn push(&mut self, key: u64, link: *mut ()) {
-        self.keys[self.len] = key;
-        if self.len.is_multiple_of(LINE) && self.len > 0 {
-            self.marks[self.len / LINE - 1] = key;
-        }
-        *self.links[self.len].get_mut() = link;
-        self.len += 1;
-    }
-
-    fn link(&self, index: usize) -> *mut () {
-        self.links[index].load(Ordering::Acquire)
-    }
-
-    /// The number of keys that are at most `key`.
-    #[inline(always)]
-    fn rank(&self, key: u64) -> usize {
-        // Counting without a branch is faster than halving: the comparisons do not wait for each
-        // other. All keys are below 2^63, so that the sign of a difference is the comparison.
-        let count = |keys: &[u64]| {
-            keys.iter()
-                .map(|&k| k.wrapping_sub(key + 1) >> 63)
-                .sum::<u64>() as usize
-        };
-        let line = count(&self.marks) % (FANOUT / LINE);
-        line * LINE + count(&self.keys[line * LINE..][..LINE])
-    }
-
-    /// Copies of this node with `edit` applied to its list of keys and links: one, or two if it is
-    /// too long for one. `appended` says that the new key is the last one: then the first copy
-    /// stays full, since more such will follow.
-    fn rebuilt(&self, edit: &Edit) -> (Box<Self>, Option<Box<Self>>) {
-        let total = self.len + edit.added.len() - edit.removed;
-        let appended = edit.at + edit.removed >= self.len;
-        let first_len = match total {
-            ..=FANOUT => total,
-            _ if appended => FANOUT,
-            _ => total / 2,
-        };
-        let mut first = Self::new(self.leaf);
-        let mut second = (total > FANOUT).then(|| Self::new(self.leaf));
-        let kept = |index: usize| (self.keys[index], self.link(index));
-        let all = (0..edit.at)
-            .map(kept)
-            .chain(edit.added.iter().copied())
-            .chain((edit.at + edit.removed..self.len).map(kept));
-        for (number, (key, link)) in all.enumerate() {
-            match &mut second {
-                Some(second) if number >= first_len => second.push(key, link),
-                _ => first.push(key, link),
-            }
-        }
-        (first, second)
-    }
-}
-
-/// Replaces `removed` entries at `at` by `added`.
-struct Edit<'a> {
-    at: usize,
-    removed: usize,
-    added: &'a [(u64, *mut ())],
-}
-
-/// What became of a node.
-enum Change {
-    /// Only something below it was replaced.
-    None,
-    /// It has a successor.
-    One(Box<Node>),
-    /// It was split; the key of the second half.
-    Two(Box<Node>, Box<Node>),
-    /// Nothing is left of it.
-    Gone,
-}
 
 /// A slot that was found, and the generation under which it was: a way back to it without a search.
 #[derive(Clone, Copy)]
 pub(crate) struct SlotHint {
-    slot: NonNull<Slot>,
+    /// Where the leaf keeps the pointer to the slot.
+    place: NonNull<*mut Slot>,
     generation: u64,
 }
 
@@ -137,9 +42,47 @@ impl SlotHint {
 // SAFETY: the pointer is only followed by `SlotTree::recall`, which needs a read section.
 unsafe impl Send for SlotHint {}
 
+/// A slot in its leaf.
+#[derive(Clone, Copy)]
+pub(crate) struct Found<'s> {
+    leaf: &'s Leaf,
+    index: usize,
+}
+
+impl<'s> Found<'s> {
+    /// What the slot is, from the leaf alone.
+    #[inline(always)]
+    pub(crate) fn info(&self) -> SlotInfo {
+        self.leaf.info(self.index)
+    }
+
+    /// The slot itself.
+    #[inline(always)]
+    pub(crate) fn slot(&self) -> Option<&'s Slot> {
+        // SAFETY: a slot is freed like the leaves that lead to it: whoever may look at the leaf
+        // may look at the slot.
+        unsafe { self.leaf.place(self.index).as_ref() }
+    }
+
+    /// How to come back to the slot, which was found when the generation was `generation`.
+    #[inline(always)]
+    pub(crate) fn hint(&self, generation: u64) -> SlotHint {
+        // While the slots are changing nothing may be remembered: no generation has all bits set.
+        let changing = generation & UPDATE_IN_PROGRESS != 0;
+        SlotHint {
+            place: NonNull::from(self.leaf.place(self.index)),
+            generation: if changing { u64::MAX } else { generation },
+        }
+    }
+
+    fn if_holds(self, gfn: Gfn) -> Option<Self> {
+        self.info().contains(gfn).then_some(self)
+    }
+}
+
 /// The slots of one address space.
 pub(crate) struct SlotTree {
-    root: AtomicPtr<Node>,
+    root: AtomicPtr<Inner>,
 }
 
 impl SlotTree {
@@ -153,66 +96,71 @@ impl SlotTree {
     ///
     /// # Safety
     /// The caller is in a read section or holds the writers' lock, for as long as `'s`.
-    #[inline]
-    unsafe fn floor<'s>(&self, gfn: u64) -> Option<&'s Slot> {
+    #[inline(always)]
+    unsafe fn floor<'s>(&self, gfn: u64) -> Option<Found<'s>> {
         // SAFETY: published nodes are complete and freed only after readers have passed.
-        let mut node = unsafe { self.root.load(Ordering::Acquire).as_ref() }?;
-        // The subtree left of the path, nearest to the leaf: there the slot is if the path's leaf
+        let mut node: &'s Inner = unsafe { self.root.load(Ordering::Acquire).as_ref() }?;
+        // The link left of the path, nearest to the leaf: below it the slot is if the path's leaf
         // has only larger keys.
-        let mut left: Option<&Node> = None;
+        let mut left = None;
         for _ in 0..MAX_HEIGHT {
-            let rank = node.rank(gfn);
-            if node.leaf {
-                if rank > 0 {
-                    // SAFETY: links of leaves are slots, freed like nodes.
-                    return unsafe { node.link(rank - 1).cast::<Slot>().as_ref() };
-                }
-                break;
-            }
-            let index = rank.saturating_sub(1);
+            let index = node.rank(gfn).saturating_sub(1);
             if index > 0 {
-                // SAFETY: links of inner nodes are nodes.
-                left = unsafe { node.link(index - 1).cast::<Node>().as_ref() };
+                left = Some((node, index - 1));
             }
-            let next = node.link(index).cast::<Node>();
-            // SAFETY: the same.
-            node = unsafe { next.as_ref() }?;
-        }
-        let mut node = left?;
-        for _ in 0..MAX_HEIGHT {
-            let last = node.link(node.len.checked_sub(1)?);
-            if node.leaf {
-                // SAFETY: links of leaves are slots, and all keys left of the path are smaller.
-                return unsafe { last.cast::<Slot>().as_ref() };
+            let next = node.link(index);
+            if node.above_leaves() {
+                // SAFETY: links of such nodes are leaves, freed like nodes.
+                let leaf: &'s Leaf = unsafe { next.cast::<Leaf>().as_ref() }?;
+                return match leaf.rank(gfn).checked_sub(1) {
+                    Some(index) => Some(Found { leaf, index }),
+                    // SAFETY: the caller's promise.
+                    None => left.and_then(|(node, index)| unsafe { Self::last_below(node, index) }),
+                };
             }
-            // SAFETY: links of inner nodes are nodes.
-            node = unsafe { last.cast::<Node>().as_ref() }?;
+            // SAFETY: links of other nodes are inner nodes.
+            node = unsafe { next.cast::<Inner>().as_ref() }?;
         }
         None
     }
 
-    /// The slot that holds `gfn`.
-    #[inline]
-    pub(crate) fn find<'s>(&self, gfn: Gfn, _section: &'s Section<'_>) -> Option<&'s Slot> {
+    /// The last slot below the link at `index`.
+    ///
+    /// # Safety
+    /// As for [`floor`](Self::floor).
+    #[cold]
+    unsafe fn last_below<'s>(mut node: &'s Inner, mut index: usize) -> Option<Found<'s>> {
+        for _ in 0..MAX_HEIGHT {
+            let next = node.link(index);
+            if node.above_leaves() {
+                // SAFETY: links of such nodes are leaves.
+                let leaf: &'s Leaf = unsafe { next.cast::<Leaf>().as_ref() }?;
+                let index = leaf.len().checked_sub(1)?;
+                return Some(Found { leaf, index });
+            }
+            // SAFETY: links of other nodes are inner nodes.
+            node = unsafe { next.cast::<Inner>().as_ref() }?;
+            index = node.len().checked_sub(1)?;
+        }
+        None
+    }
+
+    /// The slot that holds `gfn`, in its leaf: for those who only want to know what it is.
+    #[inline(always)]
+    pub(crate) fn find_entry<'s>(&self, gfn: Gfn, _section: &'s Section<'_>) -> Option<Found<'s>> {
         // SAFETY: in a read section of the MMU that the tree belongs to.
-        unsafe { self.floor(gfn.get()) }.filter(|slot| slot.info.contains(gfn))
+        unsafe { self.floor(gfn.get()) }?.if_holds(gfn)
+    }
+
+    /// The slot that holds `gfn`.
+    pub(crate) fn find<'s>(&self, gfn: Gfn, section: &'s Section<'_>) -> Option<&'s Slot> {
+        self.find_entry(gfn, section)?.slot()
     }
 
     /// The slot that holds `gfn`, for the holder of the writers' lock, until it changes the tree.
     pub(crate) fn find_locked(&self, gfn: Gfn) -> Option<&Slot> {
         // SAFETY: only the holder of the lock changes the tree or frees what it replaced.
-        unsafe { self.floor(gfn.get()) }.filter(|slot| slot.info.contains(gfn))
-    }
-
-    /// How to come back to `slot`, which was found when the generation was `generation`.
-    #[inline]
-    pub(crate) fn hint(slot: &Slot, generation: u64) -> SlotHint {
-        // While the slots are changing nothing may be remembered: no generation has all bits set.
-        let changing = generation & UPDATE_IN_PROGRESS != 0;
-        SlotHint {
-            slot: NonNull::from(slot),
-            generation: if changing { u64::MAX } else { generation },
-        }
+        unsafe { self.floor(gfn.get()) }?.if_holds(gfn)?.slot()
     }
 
     /// The slot of a hint, if the generation, read in this section, still is the one of the hint.
@@ -225,10 +173,10 @@ impl SlotTree {
         if hint.generation != generation {
             return None;
         }
-        // SAFETY: a slot is replaced only after the generation was marked as changing, and freed
-        // only after every section that began before that has ended. This section has seen the
-        // generation of the time when the slot was in the tree, so it began before.
-        Some(unsafe { hint.slot.as_ref() })
+        // SAFETY: leaves and slots are replaced only after the generation was marked as changing,
+        // and freed only after every section that began before that has ended. This section has
+        // seen the generation of the time when the leaf was in the tree, so it began before.
+        unsafe { hint.place.as_ref().as_ref() }
     }
 
     /// Whether any slot overlaps `base..base + pages`, except one that begins at `except`. For the
@@ -242,120 +190,82 @@ impl SlotTree {
                 return false;
             };
             // SAFETY: the lock is held.
-            let Some(slot) = (unsafe { self.floor(key) }) else {
+            let Some(found) = (unsafe { self.floor(key) }) else {
                 return false;
             };
-            if Some(slot.info.base) != except {
-                return slot.info.end() > base;
+            let info = found.info();
+            if Some(info.base) != except {
+                return info.end() > base;
             }
-            before = slot.info.base.get();
+            before = info.base.get();
         }
     }
 
     /// Adds `slot`, or replaces the one that begins at the same frame. For the holder of the
     /// writers' lock.
     pub(crate) fn insert(&self, slot: Slot, garbage: &mut Garbage) {
-        let key = slot.info.base.get();
-        let link = Box::into_raw(Box::new(slot)).cast::<()>();
+        let entry = Entry::new(slot);
         let Some(root) = NonNull::new(self.root.load(Ordering::Acquire)) else {
-            let mut node = Node::new(true);
-            node.push(key, link);
-            self.root.store(Box::into_raw(node), Ordering::Release);
+            let mut leaf = Leaf::new();
+            leaf.push(entry);
+            let mut root = Inner::new(true);
+            root.push((entry.key(), Box::into_raw(leaf).cast()));
+            self.root.store(Box::into_raw(root), Ordering::Release);
             return;
         };
-        let change = self.insert_below(root, key, link, garbage);
+        let change = self.change_below(root, entry.key(), Some(entry), garbage);
         self.publish_root(root, change, garbage);
-    }
-
-    fn insert_below(
-        &self,
-        node: NonNull<Node>,
-        key: u64,
-        link: *mut (),
-        garbage: &mut Garbage,
-    ) -> Change {
-        // SAFETY: the node is in the tree and the lock is held.
-        let this = unsafe { node.as_ref() };
-        let rank = this.rank(key);
-        if this.leaf {
-            if rank > 0 && this.keys[rank - 1] == key {
-                let old = this.links[rank - 1].swap(link, Ordering::AcqRel);
-                if let Some(old) = NonNull::new(old.cast::<Slot>()) {
-                    // SAFETY: the slot came from a box and has just been unlinked.
-                    unsafe { garbage.add(old) };
-                }
-                return Change::None;
-            }
-            return edited(
-                this,
-                &Edit {
-                    at: rank,
-                    removed: 0,
-                    added: &[(key, link)],
-                },
-            );
-        }
-        let index = rank.saturating_sub(1);
-        let Some(child) = NonNull::new(this.link(index).cast::<Node>()) else {
-            return Change::None;
-        };
-        let change = self.insert_below(child, key, link, garbage);
-        replace_child(this, index, child, change, garbage)
     }
 
     /// Removes the slot that begins at `base`. For the holder of the writers' lock.
     pub(crate) fn remove(&self, base: Gfn, garbage: &mut Garbage) {
         if let Some(root) = NonNull::new(self.root.load(Ordering::Acquire)) {
-            let change = self.remove_below(root, base.get(), garbage);
+            let change = self.change_below(root, base.get(), None, garbage);
             self.publish_root(root, change, garbage);
         }
     }
 
-    fn remove_below(&self, node: NonNull<Node>, key: u64, garbage: &mut Garbage) -> Change {
+    /// Puts `new` in the place of the slot that begins at `key`, if there is one.
+    fn change_below(
+        &self,
+        node: NonNull<Inner>,
+        key: u64,
+        new: Option<Entry>,
+        garbage: &mut Garbage,
+    ) -> Change<Inner> {
         // SAFETY: the node is in the tree and the lock is held.
         let this = unsafe { node.as_ref() };
-        let rank = this.rank(key);
-        if this.leaf {
-            if rank == 0 || this.keys[rank - 1] != key {
-                return Change::None;
-            }
-            if let Some(old) = NonNull::new(this.link(rank - 1).cast::<Slot>()) {
-                // SAFETY: the slot came from a box; the copy without it is published before the
-                // lock is released, and garbage is cleared only under the lock.
-                unsafe { garbage.add(old) };
-            }
-            return edited(
-                this,
-                &Edit {
-                    at: rank - 1,
-                    removed: 1,
-                    added: &[],
-                },
-            );
-        }
-        let index = rank.saturating_sub(1);
-        let Some(child) = NonNull::new(this.link(index).cast::<Node>()) else {
+        let index = this.rank(key).saturating_sub(1);
+        let Some(child) = NonNull::new(this.link(index)) else {
             return Change::None;
         };
-        let change = self.remove_below(child, key, garbage);
-        replace_child(this, index, child, change, garbage)
+        if this.above_leaves() {
+            let leaf = child.cast::<Leaf>();
+            // SAFETY: links of such nodes are leaves; the lock is held.
+            let change = change_leaf(unsafe { leaf.as_ref() }, key, new, garbage);
+            replace_child(this, index, leaf, change, garbage)
+        } else {
+            let inner = child.cast::<Inner>();
+            let change = self.change_below(inner, key, new, garbage);
+            replace_child(this, index, inner, change, garbage)
+        }
     }
 
-    fn publish_root(&self, old: NonNull<Node>, change: Change, garbage: &mut Garbage) {
+    fn publish_root(&self, old: NonNull<Inner>, change: Change<Inner>, garbage: &mut Garbage) {
         let new = match change {
             Change::None => return,
-            // A root with one child is not needed.
-            Change::One(node) if !node.leaf && node.len == 1 => {
-                let child = node.link(0).cast::<Node>();
+            // A root with one inner node below it is not needed.
+            Change::One(node) if !node.above_leaves() && node.len() == 1 => {
+                let child = node.link(0).cast::<Inner>();
                 drop(node);
                 child
             }
             Change::One(node) => Box::into_raw(node),
             Change::Two(first, second) => {
-                let mut root = Node::new(false);
-                let (a, b) = (first.keys[0], second.keys[0]);
-                root.push(a, Box::into_raw(first).cast());
-                root.push(b, Box::into_raw(second).cast());
+                let mut root = Inner::new(false);
+                let (a, b) = (first.first_key(), second.first_key());
+                root.push((a, Box::into_raw(first).cast()));
+                root.push((b, Box::into_raw(second).cast()));
                 Box::into_raw(root)
             }
             Change::Gone => null_mut(),
@@ -366,54 +276,49 @@ impl SlotTree {
     }
 }
 
-/// The change that `edit` makes of `node`.
-fn edited(node: &Node, edit: &Edit) -> Change {
-    match node.rebuilt(edit) {
-        (first, Some(second)) => Change::Two(first, second),
-        (first, None) if first.len == 0 => Change::Gone,
-        (first, None) => Change::One(first),
+/// Puts `new` in the place of the slot that begins at `key`, if there is one.
+fn change_leaf(leaf: &Leaf, key: u64, new: Option<Entry>, garbage: &mut Garbage) -> Change<Leaf> {
+    let rank = leaf.rank(key);
+    let old = rank
+        .checked_sub(1)
+        .map(|index| leaf.item(index))
+        .filter(|entry| entry.key() == key);
+    if let Some(slot) = old.and_then(|entry| NonNull::new(entry.slot())) {
+        // SAFETY: the slot came from a box; the copy of the leaf without it is published before
+        // the lock is released, and garbage is cleared only under the lock.
+        unsafe { garbage.add(slot) };
     }
+    let removed = usize::from(old.is_some());
+    if removed == 0 && new.is_none() {
+        return Change::None;
+    }
+    edited(leaf, rank - removed, removed, new.as_slice())
 }
 
 /// Applies the change of the child at `index`, which was `child`.
-fn replace_child(
-    node: &Node,
+fn replace_child<C: Node + Send + Sync + 'static>(
+    node: &Inner,
     index: usize,
-    child: NonNull<Node>,
-    change: Change,
+    child: NonNull<C>,
+    change: Change<C>,
     garbage: &mut Garbage,
-) -> Change {
-    let key = node.keys[index];
+) -> Change<Inner> {
     let change = match change {
         Change::None => return Change::None,
         Change::One(new) => {
-            node.links[index].store(Box::into_raw(new).cast(), Ordering::Release);
+            node.set_link(index, Box::into_raw(new).cast());
             Change::None
         }
         Change::Two(first, second) => {
-            let second_key = second.keys[0];
-            let key = key.min(first.keys[0]);
+            let key = node.item(index).0.min(first.first_key());
+            let second_key = second.first_key();
             let added = [
                 (key, Box::into_raw(first).cast::<()>()),
                 (second_key, Box::into_raw(second).cast::<()>()),
             ];
-            edited(
-                node,
-                &Edit {
-                    at: index,
-                    removed: 1,
-                    added: &added,
-                },
-            )
+            edited(node, index, 1, &added)
         }
-        Change::Gone => edited(
-            node,
-            &Edit {
-                at: index,
-                removed: 1,
-                added: &[],
-            },
-        ),
+        Change::Gone => edited(node, index, 1, &[]),
     };
     // SAFETY: the node came from a box; its successor is published, or will be before the lock is
     // released, and garbage is cleared only under the lock.
@@ -423,19 +328,22 @@ fn replace_child(
 
 impl Drop for SlotTree {
     fn drop(&mut self) {
-        fn free(node: *mut Node) {
+        fn free(node: *mut Inner) {
             if node.is_null() {
                 return;
             }
             // SAFETY: `&mut` access: nobody else follows links, and each leads to a box of its own.
-            let mut node = unsafe { Box::from_raw(node) };
-            let (len, leaf) = (node.len, node.leaf);
-            for link in &mut node.links[..len] {
-                if leaf {
-                    // SAFETY: the same; links of leaves are slots.
-                    drop(unsafe { Box::from_raw(link.get_mut().cast::<Slot>()) });
-                } else {
-                    free(link.get_mut().cast());
+            let node = unsafe { Box::from_raw(node) };
+            for index in 0..node.len() {
+                if !node.above_leaves() {
+                    free(node.link(index).cast());
+                    continue;
+                }
+                // SAFETY: the same; links of such nodes are leaves.
+                let leaf = unsafe { Box::from_raw(node.link(index).cast::<Leaf>()) };
+                for index in 0..leaf.len() {
+                    // SAFETY: the same; each slot is in one leaf of the tree.
+                    drop(unsafe { Box::from_raw(leaf.item(index).slot()) });
                 }
             }
         }
@@ -446,11 +354,11 @@ impl Drop for SlotTree {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::region::RegionFlags;
-    use crate::slots::SlotInfo;
+    use crate::region::{MAX_SLOT_PAGES, RegionFlags};
     use alloc::collections::BTreeMap;
     use alloc::vec::Vec;
     use proptest::prelude::*;
+    use twofold_arch::PAGE_SIZE;
     use twofold_table::Quiesced;
 
     fn slot(base: u64, pages: u64, id: u16) -> Slot {
@@ -540,6 +448,38 @@ mod tests {
             assert!(tree.find_locked(Gfn::new(base)).is_none());
         }
         assert!(tree.root.load(Ordering::Relaxed).is_null());
+        clear(&mut garbage);
+    }
+
+    #[test]
+    fn a_leaf_says_of_a_slot_what_the_slot_says_also_after_it_was_replaced() {
+        let tree = SlotTree::new();
+        let mut garbage = Garbage::default();
+        let extreme = |base: u64, flags| SlotInfo {
+            id: u16::MAX,
+            as_id: u16::MAX - 1,
+            base: Gfn::new(base),
+            pages: MAX_SLOT_PAGES,
+            hva: !(PAGE_SIZE - 1),
+            flags,
+        };
+        let bases = (0..100).map(|n| n * MAX_SLOT_PAGES);
+        for flags in [
+            RegionFlags::all(),
+            RegionFlags::empty(),
+            RegionFlags::READONLY,
+            RegionFlags::LOG_DIRTY,
+        ] {
+            for base in bases.clone() {
+                tree.insert(Slot::new(extreme(base, flags), None), &mut garbage);
+            }
+            for base in bases.clone() {
+                // SAFETY: nobody changes the tree meanwhile.
+                let found = unsafe { tree.floor(base + MAX_SLOT_PAGES - 1) }.unwrap();
+                assert_eq!(found.info(), extreme(base, flags));
+                assert_eq!(found.slot().unwrap().info, extreme(base, flags));
+            }
+        }
         clear(&mut garbage);
     }
 
