@@ -31,6 +31,18 @@ pub struct Config {
     /// Whether deleting or moving a slot drops every mapping of the VM
     /// (`KVM_X86_QUIRK_SLOT_ZAP_ALL`, on by default) or only the slot's.
     pub slot_zap_all: bool,
+    /// Whether processors set the accessed and dirty bits of second-stage entries. Without, leaves
+    /// lose their permissions to find out whether they are used.
+    pub accessed_dirty: bool,
+    /// Whether processors record the frames that they write (page-modification logging). Needs
+    /// [`accessed_dirty`](Self::accessed_dirty).
+    pub pml: bool,
+    /// Whether huge leaves are split when dirty logging begins (KVM's `eager_page_split`), or one
+    /// by one when they are written.
+    pub eager_split: bool,
+    /// Whether executable memory is mapped with the smallest pages only (KVM's `nx_huge_pages`):
+    /// processors with the erratum "machine check on page size change" need it.
+    pub nx_huge_pages: bool,
 }
 
 impl Default for Config {
@@ -39,6 +51,10 @@ impl Default for Config {
             maxphyaddr: 51,
             hva_end: 0x7fff_ffff_f000,
             slot_zap_all: true,
+            accessed_dirty: true,
+            pml: false,
+            eager_split: true,
+            nx_huge_pages: false,
         }
     }
 }
