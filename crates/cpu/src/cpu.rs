@@ -5,7 +5,7 @@ use crate::core_state::{Core, Pending, Vectors, Window, X87, slot};
 use crate::flags::Flags;
 use crate::line::Line;
 use crate::machine::Machine;
-use crate::memory::{Memory, SecondStage, Translation};
+use crate::memory::{Memory, Pml, SecondStage, Translation};
 use crate::mode::Mode;
 use crate::state::{
     Counters, CpuidEntry, DebugControl, DebugRegisters, Events, FpuState, Msrs, Registers, Segment,
@@ -134,6 +134,32 @@ impl Cpu {
     /// Chooses the second-stage tables. Forgets every translation.
     pub fn set_second_stage(&mut self, second_stage: SecondStage) {
         self.core.set_second_stage(second_stage);
+    }
+
+    /// Chooses the log of EPT dirty flags that this processor sets, or none (SDM Vol. 3,
+    /// "Page-Modification Logging").
+    ///
+    /// From then on each 0 to 1 transition of a leaf's dirty flag, whatever the leaf's size, writes
+    /// the 4 KiB aligned guest-physical address of the access to the log; also that of a guest page
+    /// table, since reading one counts as a write. A page that is already dirty is not logged: the
+    /// hypervisor clears the flags and then [flushes](crate::Machine::flush_tlbs). Nothing is
+    /// logged through an EPT pointer without accessed and dirty flags, nor through NPT.
+    ///
+    /// Cached translations stay. The page has to stay what it is as long as it is chosen.
+    pub fn set_pml(&mut self, pml: Option<Pml>) {
+        self.core.mem.pml = pml;
+    }
+
+    /// The log that was chosen, with its index as the processor has moved it: the entries above
+    /// the index, up to [`Pml::FIRST`], are valid.
+    pub fn pml(&self) -> Option<Pml> {
+        self.core.mem.pml
+    }
+
+    /// The index of the log that was chosen: the entry that is written next, above
+    /// [`Pml::FIRST`] if there is no room.
+    pub fn pml_index(&self) -> Option<u16> {
+        self.core.mem.pml.map(|pml| pml.index)
     }
 
     /// Executes until something needs the hypervisor.

@@ -119,6 +119,10 @@ pub enum Exit {
     /// The second-stage tables do not translate an access. After the hypervisor has changed them,
     /// the instruction runs again.
     SecondStage(SecondStageFault),
+    /// The page-modification log has no room for an EPT dirty flag that has to be set. Nothing was
+    /// accessed and no flag set. After [`Cpu::set_pml`](crate::Cpu::set_pml) the instruction runs
+    /// again.
+    PmlFull,
     /// HLT. State is after the instruction.
     Halt,
     /// VMCALL or VMMCALL. State is before the instruction; the hypervisor advances RIP with

@@ -11,6 +11,7 @@ pub(crate) mod code;
 mod data;
 mod fetch;
 mod mmio;
+mod pml;
 pub mod process;
 mod span;
 mod stage1;
@@ -20,6 +21,7 @@ mod tests;
 mod tlb;
 
 pub(crate) use access::Datum;
+pub use pml::Pml;
 pub use stage2::SecondStage;
 
 use crate::core_state::Core;
@@ -67,6 +69,8 @@ pub(crate) struct Memory {
     directories: Box<[Option<(u64, Upper)>; DIRECTORIES]>,
     walker: Walker,
     walk_cache: WalkCache,
+    /// Where EPT dirty flags that are set are logged.
+    pub(crate) pml: Option<Pml>,
     table_pages: TablePages,
     mmio: Mmio,
     /// The last #GP was raised because this linear address was not canonical. An access through SS
@@ -116,6 +120,7 @@ impl Memory {
             directories: Box::new([None; DIRECTORIES]),
             walker: Walker::none(machine),
             walk_cache: WalkCache::new(),
+            pml: None,
             table_pages: TablePages(Box::new([TablePages::EMPTY; TablePages::COUNT])),
             mmio: Mmio::default(),
             not_canonical: None,

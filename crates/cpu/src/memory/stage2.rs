@@ -6,7 +6,7 @@
 //! qualification, an EPT misconfiguration, or a nested page fault with its error code.
 
 use super::access::{Datum, Vanished};
-use super::{Memory, PAGE_MASK, PAGE_SHIFT};
+use super::{Memory, PAGE_MASK, PAGE_SHIFT, Pml};
 use crate::machine::{Machine, SecondStageKind};
 use crate::trap::{Exit, SecondStageFault};
 use bitflags::bitflags;
@@ -105,6 +105,8 @@ trait Format: Copy {
     fn root(self) -> (Hpa, Level);
     /// Whether A and D flags exist. With them, an access to a guest table counts as a write.
     fn flags_managed(self) -> bool;
+    /// Whether dirty flags that are set are logged where a log is chosen.
+    fn logs(self) -> bool;
     fn decode(self, entry: u64, level: Level) -> Decoded;
     fn fault(self, failure: Failure, access: &GuestAccess) -> SecondStageFault;
 }
@@ -124,6 +126,10 @@ impl Format for Ept {
     }
 
     fn flags_managed(self) -> bool {
+        self.pointer.accessed_dirty
+    }
+
+    fn logs(self) -> bool {
         self.pointer.accessed_dirty
     }
 
@@ -204,6 +210,11 @@ impl Format for Npt {
 
     fn flags_managed(self) -> bool {
         true
+    }
+
+    /// AMD's processors have no such log.
+    fn logs(self) -> bool {
+        false
     }
 
     #[inline(always)]
@@ -304,7 +315,7 @@ impl Walker {
         }
     }
 
-    /// Translates, and sets accessed and dirty flags.
+    /// Translates, sets accessed and dirty flags, and logs dirty flags that it sets.
     ///
     /// # Errors
     /// What the processor leaves the guest with.
@@ -312,11 +323,12 @@ impl Walker {
         &self,
         machine: &Machine,
         cache: &mut WalkCache,
+        log: &mut Option<Pml>,
         access: &GuestAccess,
     ) -> Result<HostPage, Exit> {
         match self.tables {
-            Tables::Ept(format) => walk(machine, format, cache, access),
-            Tables::Npt(format) => walk(machine, format, cache, access),
+            Tables::Ept(format) => walk(machine, format, cache, log, access),
+            Tables::Npt(format) => walk(machine, format, cache, log, access),
         }
     }
 }
@@ -363,15 +375,16 @@ fn walk<F: Format>(
     machine: &Machine,
     format: F,
     cache: &mut WalkCache,
+    log: &mut Option<Pml>,
     access: &GuestAccess,
 ) -> Result<HostPage, Exit> {
     if let Some(start) = cache.get(access.gpa)
-        && let Ok((page, _)) = descend(machine, format, access, start)
+        && let Ok((page, _)) = descend(machine, format, log, access, start)
     {
         return Ok(page);
     }
     // What is cached never decides that an access fails.
-    let stop = match walk_from_root(machine, format, access) {
+    let stop = match walk_from_root(machine, format, log, access) {
         Ok((page, last)) => {
             if last.level <= Level::L2M {
                 cache.put(access.gpa, last);
@@ -382,6 +395,7 @@ fn walk<F: Format>(
     };
     Err(match stop {
         Stop::Refused(failure) => Exit::SecondStage(format.fault(failure, access)),
+        Stop::LogFull => Exit::PmlFull,
         Stop::Vanished(place) => Exit::HostFault { hva: place as u64 },
     })
 }
@@ -389,6 +403,7 @@ fn walk<F: Format>(
 fn walk_from_root<F: Format>(
     machine: &Machine,
     format: F,
+    log: &mut Option<Pml>,
     access: &GuestAccess,
 ) -> Result<(HostPage, Start), Stop> {
     let (table, level) = format.root();
@@ -402,6 +417,7 @@ fn walk_from_root<F: Format>(
     descend(
         machine,
         format,
+        log,
         access,
         Start {
             table,
@@ -415,6 +431,8 @@ fn walk_from_root<F: Format>(
 enum Stop {
     /// The tables do not allow the access.
     Refused(Failure),
+    /// A dirty flag has to be set, and the log of those has no room.
+    LogFull,
     /// There is no memory at this address of the process.
     Vanished(usize),
 }
@@ -424,6 +442,7 @@ enum Stop {
 fn descend<F: Format>(
     machine: &Machine,
     format: F,
+    log: &mut Option<Pml>,
     access: &GuestAccess,
     start: Start,
 ) -> Result<(HostPage, Start), Stop> {
@@ -490,6 +509,13 @@ fn descend<F: Format>(
                 } else {
                     dirty = entry & F::DIRTY != 0;
                 }
+                let log = log
+                    .as_mut()
+                    .filter(|_| format.logs() && !entry & flags & F::DIRTY != 0);
+                // No flag changes if the log has no room.
+                if log.as_ref().is_some_and(|log| log.is_full()) {
+                    return Err(Stop::LogFull);
+                }
                 for &(place, entry) in &stale[..stale_count] {
                     if !exchange_entry(place, entry, entry | F::ACCESSED)? {
                         continue 'again;
@@ -497,6 +523,9 @@ fn descend<F: Format>(
                 }
                 if entry & flags != flags && !exchange_entry(place, entry, entry | flags)? {
                     continue 'again;
+                }
+                if let Some(log) = log {
+                    log.log(machine, access.gpa).map_err(Stop::Vanished)?;
                 }
             }
             let inside = access.gpa & (level.bytes() - 1) & PAGE_MASK;
@@ -540,7 +569,8 @@ impl Memory {
         machine: &Machine,
         access: &GuestAccess,
     ) -> Result<HostPage, Exit> {
-        self.walker.translate(machine, &mut self.walk_cache, access)
+        self.walker
+            .translate(machine, &mut self.walk_cache, &mut self.pml, access)
     }
 }
 

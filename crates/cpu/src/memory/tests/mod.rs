@@ -1,5 +1,6 @@
 //! The memory half of a processor against tables built by hand.
 
+mod pml;
 mod running;
 mod values;
 mod walks;
