@@ -4,7 +4,7 @@
 //! the guest, TLB flushes. It describes guest memory with [`Mmu::set_region`], gives the root of
 //! [`Mmu::load_root`] to its virtual processors, hands their faults to [`Mmu::fault`], and
 //! announces changes of its own memory with [`Mmu::host_change`].
-#![cfg_attr(not(loom), no_std)]
+#![cfg_attr(not(any(loom, shuttle)), no_std)]
 
 extern crate alloc;
 
@@ -26,6 +26,7 @@ mod garbage;
 mod invalidation;
 mod lock;
 mod set_region;
+mod sync;
 mod tables;
 mod zap;
 

@@ -1,6 +1,7 @@
 //! The writers' lock.
 
 use crate::host::Host;
+use crate::sync::switch_point;
 use core::hint::spin_loop;
 use spin::{Mutex, MutexGuard};
 
@@ -15,6 +16,7 @@ impl<T> Lock<T> {
 
     pub(crate) fn lock(&self, host: &impl Host) -> MutexGuard<'_, T> {
         loop {
+            switch_point();
             for _ in 0..64 {
                 if let Some(guard) = self.0.try_lock() {
                     return guard;

@@ -11,11 +11,11 @@ use crate::region::ADDRESS_SPACES;
 use crate::root::{Root, RootRole, RootState};
 use crate::slots::{AddressSpace, HvaIndex, SlotInfo, UPDATE_IN_PROGRESS};
 use crate::stats::Stats;
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::tables::{Access, Pages};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::marker::PhantomData;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use spin::MutexGuard;
 use twofold_arch::{Gfn, Gpa};
 use twofold_table::{Debt, Height, RawPages, Storage};
@@ -106,7 +106,8 @@ pub(crate) struct Writer<F: MmuFormat> {
 impl<F: MmuFormat, H: Host> Mmu<F, H> {
     /// An MMU without slots.
     pub fn new(host: H, config: Config) -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
+        // Lives longer than one exploration, and orders nothing.
+        static NEXT: core::sync::atomic::AtomicU64 = core::sync::atomic::AtomicU64::new(1);
         Self {
             pages: RawPages(Access(host)),
             config,

@@ -5,9 +5,9 @@
 
 use crate::region::ADDRESS_SPACES;
 use crate::slots::{SlotHint, SlotInfo};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::tables::{LeafTable, Pool};
 use alloc::sync::Arc;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use spin::Mutex;
 use twofold_arch::Level;
 use twofold_table::{ReaderWord, Section};

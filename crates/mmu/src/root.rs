@@ -1,7 +1,7 @@
 //! Roots by role.
 
+use crate::sync::atomic::{AtomicBool, Ordering};
 use alloc::sync::Arc;
-use core::sync::atomic::{AtomicBool, Ordering};
 use twofold_arch::{Hpa, Level};
 use twofold_table::RootTable;
 

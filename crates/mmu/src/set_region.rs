@@ -6,8 +6,8 @@ use crate::host::Host;
 use crate::mmu::{Mmu, Writer};
 use crate::region::{ADDRESS_SPACES, MAX_SLOT_PAGES, Region, RegionError, RegionFlags, USER_SLOTS};
 use crate::slots::{DirtyBitmap, Slot, SlotInfo};
+use crate::sync::atomic::Ordering;
 use alloc::sync::Arc;
-use core::sync::atomic::Ordering;
 use twofold_arch::{Gfn, PAGE_SHIFT, PAGE_SIZE};
 use twofold_table::Debt;
 

@@ -6,8 +6,8 @@
 use crate::format::MmuFormat;
 use crate::host::Host;
 use crate::mmu::{Mmu, Writer};
+use crate::sync::atomic::Ordering;
 use core::ptr::NonNull;
-use core::sync::atomic::Ordering;
 use twofold_arch::{Gfn, Gpa, Hpa};
 use twofold_table::{
     Height, PageAccess, PageSource, Place, RawPages, RootTable, Section, Seen, Table, TablePage,

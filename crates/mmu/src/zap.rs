@@ -5,9 +5,9 @@ use crate::host::Host;
 use crate::mmu::{Mmu, Writer};
 use crate::root::RootState;
 use crate::spte::{Writable, without_write, writable};
+use crate::sync::atomic::Ordering;
 use alloc::sync::Arc;
 use core::ops::Range;
-use core::sync::atomic::Ordering;
 use twofold_arch::{Gfn, Gpa, Level};
 use twofold_table::{Cursor, Debt, Entry, Height, Leaves, Quiesced, wait_for_readers};
 

@@ -7,7 +7,7 @@
 //! Readers without a lock are waited for through [`section`].
 //!
 //! The engine allocates nothing, takes no lock and knows no policy.
-#![cfg_attr(not(any(test, loom)), no_std)]
+#![cfg_attr(not(any(test, loom, shuttle)), no_std)]
 
 pub mod build;
 pub mod change;

@@ -1,8 +1,8 @@
 //! One bit a page: written since it was last asked.
 
+use crate::sync::atomic::{AtomicU64, Ordering};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicU64, Ordering};
 
 /// The dirty bitmap of a slot.
 pub(crate) struct DirtyBitmap {

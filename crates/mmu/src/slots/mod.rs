@@ -15,7 +15,7 @@ pub(crate) use tree::{SlotHint, SlotTree};
 
 use crate::garbage::Garbage;
 use crate::region::{ADDRESS_SPACES, RegionFlags};
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use twofold_arch::Gfn;
 
 /// In a generation: the slots are being changed.

@@ -2,9 +2,9 @@
 
 use super::{Slot, SlotInfo};
 use crate::region::RegionFlags;
+use crate::sync::atomic::{AtomicPtr, Ordering};
 use alloc::boxed::Box;
 use core::ptr::null_mut;
-use core::sync::atomic::{AtomicPtr, Ordering};
 use twofold_arch::Gfn;
 
 /// Links of an inner node.

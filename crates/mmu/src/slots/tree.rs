@@ -14,9 +14,9 @@
 use super::node::{Change, Entry, Inner, Leaf, Node, edited};
 use super::{Slot, SlotInfo, UPDATE_IN_PROGRESS};
 use crate::garbage::Garbage;
+use crate::sync::atomic::{AtomicPtr, Ordering};
 use alloc::boxed::Box;
 use core::ptr::{NonNull, null_mut};
-use core::sync::atomic::{AtomicPtr, Ordering};
 use twofold_arch::Gfn;
 use twofold_table::Section;
 
