@@ -1,5 +1,6 @@
 //! Building tables in private and publishing them with one exchange.
 
+use crate::cursor::Cursor;
 use crate::format::{Entry, Format, Height};
 use crate::storage::{At, Storage, TablePage};
 use crate::walk::{Place, Seen, Table};
@@ -40,6 +41,24 @@ impl<F: Format, S: Storage> Table<'_, F, S> {
         leaf: u64,
         pages: &mut impl PageSource,
     ) -> Result<Place, BuildError> {
+        self.link_marked_leaf(seen, gpa, target, leaf, |_| 0, pages)
+    }
+
+    /// [`link_leaf`](Self::link_leaf) with bits of the software's own in the entries that point to
+    /// the new tables: `mark` is given the height of each such entry. The format must not give
+    /// the bits a meaning.
+    ///
+    /// # Errors
+    /// See [`BuildError`].
+    pub fn link_marked_leaf(
+        &self,
+        seen: Seen,
+        gpa: Gpa,
+        target: Height,
+        leaf: u64,
+        mark: impl Fn(Height) -> u64,
+        pages: &mut impl PageSource,
+    ) -> Result<Place, BuildError> {
         if seen.entry::<F>() == Entry::Frozen {
             return Err(BuildError::Raced);
         }
@@ -55,8 +74,8 @@ impl<F: Format, S: Storage> Table<'_, F, S> {
             let here = self.place(page, height, gpa);
             self.storage.store(here.at, value);
             place.get_or_insert(here);
-            value = F::table_entry(page.hpa());
             height = height.above();
+            value = F::table_entry(page.hpa()) | mark(height);
         }
         match self
             .storage
@@ -91,9 +110,9 @@ impl<F: Format, S: Storage> Table<'_, F, S> {
         }
     }
 
-    /// Maps the part of `range` that `seen` covers, an entry above the leaves that maps nothing,
-    /// with the smallest pages: `leaf` makes the entry for each address. All tables are built in
-    /// private and published with one exchange.
+    /// Maps the part of `range` that `seen` covers, an entry above `target` that maps nothing,
+    /// with pages of the size of `target`: `leaf` makes the entry for each address. The range is
+    /// aligned to that size. All tables are built in private and published with one exchange.
     ///
     /// # Errors
     /// See [`BuildError`].
@@ -101,20 +120,26 @@ impl<F: Format, S: Storage> Table<'_, F, S> {
         &self,
         seen: Seen,
         range: Range<Gpa>,
+        target: Height,
         mut leaf: impl FnMut(Gpa) -> u64,
         pages: &mut impl PageSource,
     ) -> Result<(), BuildError> {
-        let Some(below) = seen.place.height.below() else {
-            return Err(BuildError::Raced);
+        let below = match seen.place.height.below() {
+            Some(below) if below >= target => below,
+            _ => return Err(BuildError::Raced),
         };
         if seen.entry::<F>() == Entry::Frozen {
             return Err(BuildError::Raced);
         }
+        debug_assert!(
+            (range.start.get() | range.end.get()) & (F::bytes(target) - 1) == 0,
+            "the range has an end in the middle of a page"
+        );
         let start = range.start.get().max(seen.place.gpa.get());
         let last = seen.place.gpa.get() + (F::bytes(seen.place.height) - 1);
         let end = (range.end.get() - 1).min(last);
         let page = self
-            .build(below, start, end, &mut leaf, pages)
+            .build(below, target, start, end, &mut leaf, pages)
             .ok_or(BuildError::OutOfPages)?;
         let value = F::table_entry(page.hpa());
         self.storage
@@ -125,10 +150,55 @@ impl<F: Format, S: Storage> Table<'_, F, S> {
             })
     }
 
-    /// A private table at `height` with leaves for `start..=last`, all of which it covers.
+    /// Maps what is not mapped yet in `range`, which is aligned to the pages of `target`, with
+    /// such pages. Entries that are there already stay as they are. Returns how many
+    /// leaves were made; others may come and go meanwhile.
+    ///
+    /// # Errors
+    /// [`BuildError::OutOfPages`]: what was built so far stays.
+    pub fn map_range(
+        &self,
+        range: Range<Gpa>,
+        target: Height,
+        mut leaf: impl FnMut(Gpa) -> u64,
+        pages: &mut impl PageSource,
+    ) -> Result<u64, BuildError> {
+        let mut made = 0;
+        let mut cursor = Cursor::new(*self, range.clone());
+        while let Some(seen) = cursor.next() {
+            let place = *seen.place();
+            if seen.entry::<F>() != Entry::Empty {
+                if place.height <= target {
+                    cursor.skip();
+                }
+                continue;
+            }
+            let result = if place.height > target {
+                self.link_range(seen, range.clone(), target, &mut leaf, pages)
+            } else {
+                self.install(seen, leaf(place.gpa))
+                    .map_err(|_| BuildError::Raced)
+            };
+            match result {
+                Ok(()) => {
+                    let end =
+                        (place.gpa.get() + (F::bytes(place.height) - 1)).min(range.end.get() - 1);
+                    let start = place.gpa.get().max(range.start.get());
+                    made += (end - start + 1) >> F::shift(target);
+                }
+                Err(BuildError::Raced) => cursor.again(),
+                Err(BuildError::OutOfPages) => return Err(BuildError::OutOfPages),
+            }
+        }
+        Ok(made)
+    }
+
+    /// A private table at `height` with leaves at `target` for `start..=last`, all of which it
+    /// covers.
     fn build(
         &self,
         height: Height,
+        target: Height,
         start: u64,
         last: u64,
         leaf: &mut impl FnMut(Gpa) -> u64,
@@ -140,24 +210,28 @@ impl<F: Format, S: Storage> Table<'_, F, S> {
             F::index(Gpa::new(start), height),
             F::index(Gpa::new(last), height),
         );
+        let leaves = height == target;
         // A table that will be full need not be emptied first.
-        if from != 0 || to != F::ENTRIES - 1 || height != Height::LEAF {
+        if from != 0 || to != F::ENTRIES - 1 || !leaves {
             self.storage.fill(page, F::ENTRIES, F::EMPTY);
         }
+        if leaves {
+            let first = start & !(size - 1);
+            self.storage.fill_with(page, from..to + 1, |index| {
+                leaf(Gpa::new(first + ((index as u64) << F::shift(height))))
+            });
+            return Some(page);
+        }
+        let below = height.below()?;
         let mut position = start;
         for index in from..=to {
             let end = (position | (size - 1)).min(last);
-            let value = match height.below() {
-                None => leaf(Gpa::new(position)),
-                Some(below) => match self.build(below, position, end, leaf, pages) {
-                    Some(child) => F::table_entry(child.hpa()),
-                    None => {
-                        self.give_back_tree(page, height, pages);
-                        return None;
-                    }
-                },
+            let Some(child) = self.build(below, target, position, end, leaf, pages) else {
+                self.give_back_tree(page, height, pages);
+                return None;
             };
-            self.storage.store(At::new(page, index), value);
+            self.storage
+                .store(At::new(page, index), F::table_entry(child.hpa()));
             position = end.wrapping_add(1);
         }
         Some(page)

@@ -139,7 +139,13 @@ fn run<F: Format>(ops: &[Op]) {
                 let seen = table.lookup(gpa(start), Height::LEAF);
                 if seen.entry::<F>() == Entry::Empty && seen.place().height() > Height::LEAF {
                     let make = |at: Gpa| leaf((at.get() >> SHIFT) + 100, 7);
-                    match table.link_range(seen, gpa(start)..gpa(end), make, &mut source) {
+                    match table.link_range(
+                        seen,
+                        gpa(start)..gpa(end),
+                        Height::LEAF,
+                        make,
+                        &mut source,
+                    ) {
                         Ok(()) => {
                             let covered = F::bytes(seen.place().height()) >> SHIFT;
                             let block = start & !(covered - 1);
@@ -283,7 +289,8 @@ fn every_range_can_be_built_in_private_with_each_number_of_pages() {
                 };
                 let seen = table.lookup(gpa(start), Height::LEAF);
                 let make = |at: Gpa| leaf((at.get() >> SHIFT) + 1, 7);
-                let result = table.link_range(seen, gpa(start)..gpa(end), make, &mut source);
+                let result =
+                    table.link_range(seen, gpa(start)..gpa(end), Height::LEAF, make, &mut source);
                 let tables = 1 + ((end - 1) / 4 - start / 4 + 1) as usize;
                 assert_eq!(result.is_ok(), tables <= limit);
                 for page in 0..PAGES {

@@ -12,9 +12,11 @@
 pub mod build;
 pub mod change;
 pub mod cursor;
+pub mod exclusive;
 pub mod format;
 pub mod retire;
 pub mod section;
+pub mod split;
 pub mod storage;
 pub mod sync;
 pub mod walk;
@@ -26,6 +28,8 @@ mod engine_tests;
 mod interleavings;
 #[cfg(all(test, not(loom)))]
 mod laws;
+#[cfg(all(test, not(loom)))]
+mod size_tests;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -34,6 +38,7 @@ mod toy;
 pub use build::{BuildError, PageSource};
 pub use change::{Debt, Frozen, Raced, Settled};
 pub use cursor::Cursor;
+pub use exclusive::Exclusive;
 pub use format::{Entry, Format, Height, Replacement};
 pub use retire::Leaves;
 pub use section::{Quiesced, ReaderWord, Section, wait_for_readers};

@@ -6,6 +6,7 @@
 // UNSAFETY: table pages are raw memory that hardware reads; this module is where they are touched.
 #![expect(unsafe_code)]
 
+use core::ops::Range;
 use core::ptr::NonNull;
 use twofold_arch::Hpa;
 
@@ -87,6 +88,14 @@ pub trait Storage {
 
     /// Fills the first `entries` entries of a private table.
     fn fill(&self, page: TablePage, entries: usize, value: u64);
+
+    /// Writes the entries `range` of a private table: `value` is given the number of each, counted
+    /// from the start of the range.
+    fn fill_with(&self, page: TablePage, range: Range<usize>, value: impl FnMut(usize) -> u64);
+
+    /// Changes the entries `range` of a private table: `change` makes the new value of each from
+    /// the old.
+    fn update(&self, page: TablePage, range: Range<usize>, change: impl FnMut(u64) -> u64);
 }
 
 /// Where the bytes of a table page are.
@@ -112,6 +121,25 @@ impl<P: PageAccess> RawPages<P> {
         unsafe {
             core::sync::atomic::AtomicU64::from_ptr(
                 self.0.table_ptr(at.page.0).as_ptr().add(at.index()),
+            )
+        }
+    }
+}
+
+impl<P: PageAccess> RawPages<P> {
+    /// Entries of a private table, as plain memory.
+    ///
+    /// # Safety
+    /// Nobody else may access the page meanwhile, and the range must be within the table.
+    #[expect(clippy::mut_from_ref, reason = "the page is not part of self")]
+    #[inline(always)]
+    unsafe fn private(&self, page: TablePage, range: Range<usize>) -> &mut [u64] {
+        // SAFETY: `PageAccess` gives a pointer that is valid for a whole table; the caller
+        // promises the rest.
+        unsafe {
+            core::slice::from_raw_parts_mut(
+                self.0.table_ptr(page.0).as_ptr().add(range.start),
+                range.end - range.start,
             )
         }
     }
@@ -149,5 +177,22 @@ impl<P: PageAccess> Storage for RawPages<P> {
         // else; `entries` is the format's number of entries.
         unsafe { core::slice::from_raw_parts_mut(self.0.table_ptr(page.0).as_ptr(), entries) }
             .fill(value);
+    }
+
+    #[inline]
+    fn fill_with(&self, page: TablePage, range: Range<usize>, mut value: impl FnMut(usize) -> u64) {
+        // SAFETY: as in `fill`; the range is within the format's number of entries.
+        let entries = unsafe { self.private(page, range) };
+        for (index, entry) in entries.iter_mut().enumerate() {
+            *entry = value(index);
+        }
+    }
+
+    #[inline]
+    fn update(&self, page: TablePage, range: Range<usize>, mut change: impl FnMut(u64) -> u64) {
+        // SAFETY: as in `fill`; the range is within the format's number of entries.
+        for entry in unsafe { self.private(page, range) } {
+            *entry = change(*entry);
+        }
     }
 }

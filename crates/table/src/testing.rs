@@ -10,6 +10,7 @@ use crate::storage::{At, Storage, TablePage};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::toy::SHIFT;
 use crate::walk::{RootTable, Table};
+use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 use std::vec::Vec;
 use twofold_arch::Hpa;
@@ -116,6 +117,18 @@ impl Storage for Arena {
     fn fill(&self, page: TablePage, entries: usize, value: u64) {
         for index in 0..entries {
             self.store(At::new(page, index), value);
+        }
+    }
+
+    fn fill_with(&self, page: TablePage, range: Range<usize>, mut value: impl FnMut(usize) -> u64) {
+        for (number, index) in range.enumerate() {
+            self.store(At::new(page, index), value(number));
+        }
+    }
+
+    fn update(&self, page: TablePage, range: Range<usize>, mut change: impl FnMut(u64) -> u64) {
+        for at in range.map(|index| At::new(page, index)) {
+            self.store(at, change(self.load(at)));
         }
     }
 }
