@@ -90,7 +90,7 @@ impl<F: Format, S: Storage> Table<'_, F, S> {
     }
 
     /// Gives back the private tables below `value`, which would have stood at `height`.
-    fn give_back_path(
+    pub(crate) fn give_back_path(
         &self,
         mut value: u64,
         mut height: Height,

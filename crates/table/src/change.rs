@@ -71,7 +71,7 @@ impl<F: Format> Debt<F> {
         }
     }
 
-    fn add_table<S: Storage>(&mut self, storage: &S, page: TablePage, height: Height) {
+    pub(crate) fn add_table<S: Storage>(&mut self, storage: &S, page: TablePage, height: Height) {
         self.retired.push(storage, page, height, &mut self.leaves);
     }
 }
@@ -124,7 +124,7 @@ pub struct Frozen<'s, S: Storage> {
     seen: Seen,
 }
 
-impl<S: Storage> Frozen<'_, S> {
+impl<'s, S: Storage> Frozen<'s, S> {
     /// The entry and the value it had.
     pub const fn seen(&self) -> &Seen {
         &self.seen
@@ -134,6 +134,17 @@ impl<S: Storage> Frozen<'_, S> {
     pub fn publish(self, value: u64) {
         self.storage.store(self.seen.place.at, value);
         core::mem::forget(self);
+    }
+
+    pub(crate) const fn storage(&self) -> &'s S {
+        self.storage
+    }
+
+    /// Leaves the entry locked; the caller has taken over to unlock it.
+    pub(crate) fn leave_locked(self) -> Seen {
+        let seen = self.seen;
+        core::mem::forget(self);
+        seen
     }
 }
 

@@ -1,6 +1,7 @@
 //! The laws of [`Format`], checked for every format that the crate has.
 
 use crate::format::{Entry, Format, Height};
+use crate::stage2::{Stage2K4, Stage2K4Lpa2, Stage2K16, Stage2K16Lpa2, Stage2K64};
 use crate::toy::{SHIFT, ToyBreak, ToyDirect};
 use crate::x86::{Ept, Npt};
 use twofold_arch::{Gpa, Hpa};
@@ -30,7 +31,6 @@ fn check<F: Format>(pages: &[Hpa]) {
     }
     assert_eq!(F::bytes(Height::LEAF), 1 << F::GRANULE_SHIFT);
     assert!(F::may_map(Height::LEAF));
-    assert!(!F::may_map(F::MAX_HEIGHT));
     // The indices of all heights, put together again, are the address.
     let gpa = Gpa::new(0x0123_4567_89ab_cdef & (F::bytes(F::MAX_HEIGHT.above()) - 1));
     let rebuilt: u64 = heights::<F>()
@@ -50,7 +50,17 @@ fn every_format_obeys_the_laws_that_the_engine_relies_on() {
     .map(Hpa::new);
     check::<Ept>(&x86);
     check::<Npt>(&x86);
+    let stage2 = [0x1_0000, 0x7fff_0000, 0x0000_ffff_ffff_0000].map(Hpa::new);
+    check::<Stage2K4>(&stage2);
+    check::<Stage2K16>(&stage2);
+    check::<Stage2K64>(&stage2);
+    check::<Stage2K4Lpa2>(&stage2);
+    check::<Stage2K16Lpa2>(&stage2);
     let toy = [1u64 << SHIFT, 1023 << SHIFT].map(Hpa::new);
     check::<ToyDirect>(&toy);
     check::<ToyBreak>(&toy);
+    // Only LPA2 has blocks in the highest table: 512G.
+    assert!(!Ept::may_map(Ept::MAX_HEIGHT) && !Npt::may_map(Npt::MAX_HEIGHT));
+    assert!(!Stage2K4::may_map(Stage2K4::MAX_HEIGHT));
+    assert!(Stage2K4Lpa2::may_map(Stage2K4Lpa2::MAX_HEIGHT));
 }

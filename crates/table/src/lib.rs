@@ -9,6 +9,7 @@
 //! The engine allocates nothing, takes no lock and knows no policy.
 #![cfg_attr(not(any(test, loom, shuttle)), no_std)]
 
+pub mod break_before_make;
 pub mod build;
 pub mod change;
 pub mod cursor;
@@ -17,6 +18,7 @@ pub mod format;
 pub mod retire;
 pub mod section;
 pub mod split;
+pub mod stage2;
 pub mod storage;
 pub mod sync;
 pub mod walk;
@@ -26,15 +28,20 @@ pub mod x86;
 mod engine_tests;
 #[cfg(all(test, loom))]
 mod interleavings;
+#[cfg(all(test, loom))]
+mod interleavings_of_breaks;
 #[cfg(all(test, not(loom)))]
 mod laws;
 #[cfg(all(test, not(loom)))]
 mod size_tests;
+#[cfg(all(test, not(loom)))]
+mod stale_translations;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod toy;
 
+pub use break_before_make::{BreakRule, Broken, Gap};
 pub use build::{BuildError, PageSource};
 pub use change::{Debt, Frozen, Raced, Settled};
 pub use cursor::Cursor;

@@ -1,5 +1,6 @@
 //! A format small enough to try everything: three levels of four entries, so 64 pages.
 
+use crate::break_before_make::BreakRule;
 use crate::format::{Entry, Format, Height, Replacement};
 use twofold_arch::Hpa;
 
@@ -83,5 +84,12 @@ impl<const BBM: bool> Format for Toy<BBM> {
             (address != 0).then(|| Hpa::new(address)),
             Height::new((entry >> 48) as u8),
         )
+    }
+}
+
+impl BreakRule for ToyBreak {
+    /// Only the permissions change in place.
+    fn needs_break(old: u64, new: u64, _height: Height) -> bool {
+        old & VALID != 0 && (old ^ new) & !(7 << 8) != 0
     }
 }
