@@ -4,6 +4,7 @@ use crate::format::MmuFormat;
 use crate::garbage::Garbage;
 use crate::host::Host;
 use crate::invalidation::Invalidation;
+use crate::invariants::Locked;
 use crate::lock::Lock;
 use crate::mmio::MmioEncoding;
 use crate::reader::{Reader, ReaderState, ReaderStats};
@@ -16,7 +17,6 @@ use crate::tables::{Access, Pages};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::marker::PhantomData;
-use spin::MutexGuard;
 use twofold_arch::{Gfn, Gpa};
 use twofold_table::{Debt, Height, RawPages, Storage};
 
@@ -100,6 +100,10 @@ pub(crate) struct Writer<F: MmuFormat> {
     /// Counters of readers that are gone.
     departed: ReaderStats,
     departed_mapped: [u64; 3],
+    /// The slots' generations at the last check.
+    pub(crate) last_generation: [u64; ADDRESS_SPACES],
+    /// Releases of the lock until the next check, in debug builds.
+    pub(crate) releases_to_check: u64,
     format: PhantomData<fn() -> F>,
 }
 
@@ -126,6 +130,8 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                 slot_pages: 0,
                 departed: ReaderStats::default(),
                 departed_mapped: [0; 3],
+                last_generation: [0; ADDRESS_SPACES],
+                releases_to_check: 0,
                 format: PhantomData,
             }),
             unmapped: Default::default(),
@@ -145,8 +151,8 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         &self.config
     }
 
-    pub(crate) fn lock(&self) -> MutexGuard<'_, Writer<F>> {
-        self.writer.lock(self.host())
+    pub(crate) fn lock(&self) -> Locked<'_, F, H> {
+        Locked::new(self, self.writer.lock(self.host()))
     }
 
     /// Switches between the two ways of [`Config::slot_zap_all`].

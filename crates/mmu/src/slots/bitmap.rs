@@ -42,6 +42,13 @@ impl DirtyBitmap {
         }
     }
 
+    /// Whether the page with this number is marked.
+    pub(crate) fn is_marked(&self, page: u64) -> bool {
+        self.words
+            .get((page / 64) as usize)
+            .is_some_and(|word| word.load(Ordering::Acquire) >> (page % 64) & 1 == 1)
+    }
+
     /// Words of 64 pages, rounded up.
     pub(crate) fn words(&self) -> usize {
         self.words.len()

@@ -85,6 +85,13 @@ impl Slot {
         self.invalid.load(Ordering::Acquire)
     }
 
+    /// Whether `gfn`, which is in the slot, is marked, or the slot does not log.
+    pub(crate) fn is_marked(&self, gfn: Gfn) -> bool {
+        self.dirty
+            .as_ref()
+            .is_none_or(|dirty| dirty.is_marked(gfn.get().wrapping_sub(self.info.base.get())))
+    }
+
     /// Marks `gfn`, which is in the slot, dirty if the slot logs.
     #[inline(always)]
     pub(crate) fn mark_dirty(&self, gfn: Gfn) {

@@ -90,11 +90,16 @@ impl World {
             })
     }
 
-    fn read(&self, table: Hpa, index: usize) -> u64 {
+    /// An entry of a table.
+    pub fn entry(&self, table: Hpa, index: usize) -> &AtomicU64 {
         let pointer = (table.get() - self.offset) as *mut u64;
         // SAFETY: the tests walk only tables that are linked, or whose pages are never unmapped:
         // the arena keeps its chunks.
-        unsafe { AtomicU64::from_ptr(pointer.add(index)) }.load(Ordering::Acquire)
+        unsafe { AtomicU64::from_ptr(pointer.add(index)) }
+    }
+
+    fn read(&self, table: Hpa, index: usize) -> u64 {
+        self.entry(table, index).load(Ordering::Acquire)
     }
 }
 
