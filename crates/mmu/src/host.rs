@@ -38,6 +38,14 @@ pub unsafe trait Host: Send + Sync {
     /// See [`PopulateError`].
     fn populate(&self, hva: u64, write: bool) -> Result<HostPage, PopulateError>;
 
+    /// The largest host mapping that holds the page at `hva`, which was made present a moment ago:
+    /// asked where a larger leaf could be built, when [`populate`](Self::populate) did not say so
+    /// by itself. May make a system call; never called in a read section or with a lock.
+    fn mapping_level(&self, hva: u64) -> Level {
+        let _ = hva;
+        Level::L4K
+    }
+
     /// Makes every virtual processor of the VM drop every second-stage translation it holds, and
     /// returns when none uses an older one. Also orders as [`heavy_barrier`](Self::heavy_barrier)
     /// does: it must execute a full barrier on every thread that has a [`Reader`](crate::Reader).
@@ -59,8 +67,10 @@ pub struct HostPage {
     pub hpa: Hpa,
     /// Whether the page may be mapped writable.
     pub writable: bool,
-    /// The largest host mapping that holds the page: a leaf of up to this level may be built
-    /// around it, since host memory is contiguous and aligned that far.
+    /// The largest host mapping that is known to hold the page: a leaf of up to this level may be
+    /// built around it, since host memory is contiguous and aligned that far. A host that would
+    /// have to ask somebody says 4K here and answers [`Host::mapping_level`], which is called
+    /// seldom.
     pub level: Level,
 }
 

@@ -25,6 +25,7 @@ use crate::region::{ADDRESS_SPACES, RegionFlags};
 use crate::root::{RootRole, RootState};
 use crate::slots::{Slot, SlotInfo, UPDATE_IN_PROGRESS};
 use crate::spte::{self, Writable};
+use crate::zap::Aftermath;
 use alloc::collections::BTreeSet;
 use alloc::vec::Vec;
 use core::fmt;
@@ -337,13 +338,19 @@ fn may_be_huge(slot: &SlotInfo, gfn: Gfn, level: Level) -> bool {
 /// The writers' lock, held. In debug builds it looks now and then whether the rules hold when it is
 /// released.
 pub(crate) struct Locked<'a, F: MmuFormat, H: Host> {
+    // Released before the tables are taken apart: fields are dropped in this order.
     writer: MutexGuard<'a, Writer<F>>,
+    aftermath: Aftermath<'a, F, H>,
     mmu: &'a Mmu<F, H>,
 }
 
 impl<'a, F: MmuFormat, H: Host> Locked<'a, F, H> {
     pub(crate) fn new(mmu: &'a Mmu<F, H>, writer: MutexGuard<'a, Writer<F>>) -> Self {
-        Self { writer, mmu }
+        Self {
+            writer,
+            aftermath: Aftermath::new(mmu),
+            mmu,
+        }
     }
 }
 
@@ -367,6 +374,7 @@ impl<F: MmuFormat, H: Host> Drop for Locked<'_, F, H> {
         if cfg!(all(debug_assertions, not(shuttle))) {
             self.check_now_and_then();
         }
+        self.aftermath.take_over(&mut self.writer.retired);
     }
 }
 

@@ -14,9 +14,10 @@ use crate::slots::{AddressSpace, HvaIndex, SlotInfo, UPDATE_IN_PROGRESS};
 use crate::stats::Stats;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::tables::{Access, Pages};
+use crate::zap::Retired;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::marker::PhantomData;
+use spin::MutexGuard;
 use twofold_arch::{Gfn, Gpa};
 use twofold_table::{Debt, Height, RawPages, Storage};
 
@@ -79,7 +80,12 @@ pub struct Mmu<F: MmuFormat, H: Host> {
     pub(crate) unlinked: AtomicU64,
     pub(crate) mmio: Option<MmioEncoding>,
     pub(crate) slot_zap_all: AtomicBool,
+    /// Taken before the writers' lock by whoever changes slots, or works on one for longer than
+    /// the writers' lock may be held (KVM's `slots_lock`).
+    slots_lock: Lock<()>,
     writer: Lock<Writer<F>>,
+    /// Leaves made by nobody's fault, by level.
+    pub(crate) mapped: [AtomicU64; 3],
     /// Leaves taken out, by level.
     pub(crate) unmapped: [AtomicU64; 3],
     pub(crate) remote_tlb_flush: AtomicU64,
@@ -104,7 +110,8 @@ pub(crate) struct Writer<F: MmuFormat> {
     pub(crate) last_generation: [u64; ADDRESS_SPACES],
     /// Releases of the lock until the next check, in debug builds.
     pub(crate) releases_to_check: u64,
-    format: PhantomData<fn() -> F>,
+    /// Tables that nobody sees any more, to be taken apart when the lock is released.
+    pub(crate) retired: Retired<F>,
 }
 
 impl<F: MmuFormat, H: Host> Mmu<F, H> {
@@ -132,8 +139,10 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                 departed_mapped: [0; 3],
                 last_generation: [0; ADDRESS_SPACES],
                 releases_to_check: 0,
-                format: PhantomData,
+                retired: Retired::default(),
             }),
+            slots_lock: Lock::new(()),
+            mapped: Default::default(),
             unmapped: Default::default(),
             remote_tlb_flush: AtomicU64::new(0),
             tables_zapped: AtomicU64::new(0),
@@ -153,6 +162,11 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
 
     pub(crate) fn lock(&self) -> Locked<'_, F, H> {
         Locked::new(self, self.writer.lock(self.host()))
+    }
+
+    /// The slots stand still while this is held. Never taken with the writers' lock held.
+    pub(crate) fn lock_slots(&self) -> MutexGuard<'_, ()> {
+        self.slots_lock.lock(self.host())
     }
 
     /// Switches between the two ways of [`Config::slot_zap_all`].
@@ -271,6 +285,9 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             for (sum, count) in mapped.iter_mut().zip(reader.mapped()) {
                 *sum += count;
             }
+        }
+        for (sum, count) in mapped.iter_mut().zip(&self.mapped) {
+            *sum += count.load(Ordering::Relaxed);
         }
         for (sum, count) in mapped.iter_mut().zip(&self.unmapped) {
             *sum = sum.saturating_sub(count.load(Ordering::Relaxed));

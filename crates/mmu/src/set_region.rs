@@ -88,6 +88,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     /// In the order of SPEC 6.10; nothing has changed then.
     pub fn set_region(&self, region: Region) -> Result<(), RegionError> {
         let wanted = Checked::new(&region, self.config.hva_end)?.info;
+        let _slots = self.lock_slots();
         let mut writer = self.lock();
         let change = self.classify(&writer, &wanted)?;
         match change {

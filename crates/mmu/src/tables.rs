@@ -36,7 +36,7 @@ pub(crate) struct Pool {
 }
 
 impl Pool {
-    const CAPACITY: usize = 8;
+    pub(crate) const CAPACITY: usize = 8;
 
     pub(crate) const fn new() -> Self {
         Self {
@@ -137,7 +137,8 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         root: RootTable,
         _writer: &'s Writer<F>,
     ) -> Table<'s, F, Pages<H>> {
-        // SAFETY: tables are given back only under the lock, and not while `Writer` is borrowed.
+        // SAFETY: tables are unlinked under the lock, or by a fault that takes the lock before it
+        // gives them back; so whoever holds the lock finds none that is given back meanwhile.
         unsafe { Table::new(&self.pages, root) }
     }
 

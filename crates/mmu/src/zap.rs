@@ -7,9 +7,11 @@ use crate::root::RootState;
 use crate::spte::{Writable, without_write, writable};
 use crate::sync::atomic::Ordering;
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 use core::ops::Range;
+use spin::Mutex;
 use twofold_arch::{Gfn, Gpa, Level};
-use twofold_table::{Cursor, Debt, Entry, Height, Leaves, Quiesced, wait_for_readers};
+use twofold_table::{Cursor, Debt, Entry, Height, Leaves, Quiesced, Settled, wait_for_readers};
 
 impl<F: MmuFormat, H: Host> Mmu<F, H> {
     /// Waits for every read section that may have missed what this thread has changed, and frees
@@ -29,8 +31,8 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         })
     }
 
-    /// Flushes what must be flushed, waits for readers where tables were taken out, and gives the
-    /// tables back.
+    /// Flushes what must be flushed, and waits for readers where tables were taken out. The tables
+    /// are given back when the lock is released, which takes far longer.
     pub(crate) fn pay(&self, writer: &Writer<F>, debt: Debt<F>) {
         if debt.is_none() {
             return;
@@ -39,21 +41,14 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         // that the wait below will find.
         self.unlinked.fetch_add(1, Ordering::SeqCst);
         let settled = debt.settle(|range| self.flush(range));
-        let leaves = match settled.leaves() {
-            Ok(leaves) => leaves,
+        match settled.leaves() {
+            Ok(leaves) => self.count_unmapped(&leaves),
             Err(settled) => {
-                let mut tables = 0;
                 // The flush was a barrier on every reader's thread.
                 let readers = self.wait_for_readers(writer);
-                let leaves = settled.reclaim(&readers, &self.pages, |page| {
-                    tables += 1;
-                    self.host().free_table(page.hpa());
-                });
-                self.tables_zapped.fetch_add(tables, Ordering::Relaxed);
-                leaves
+                writer.retired.add(settled, readers, true);
             }
-        };
-        self.count_unmapped(&leaves);
+        }
     }
 
     /// Pays a debt of leaves only, without the writers' lock.
@@ -183,7 +178,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     /// there is nothing to flush.
     pub(crate) fn sweep_roots(&self, writer: &mut Writer<F>) {
         let unused = |root: &mut Arc<RootState>| root.is_obsolete() && Arc::get_mut(root).is_some();
-        let dropped: alloc::vec::Vec<_> = writer.roots.extract_if(.., unused).collect();
+        let dropped: Vec<_> = writer.roots.extract_if(.., unused).collect();
         if dropped.is_empty() {
             return;
         }
@@ -192,9 +187,81 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             self.table_locked(root.table, writer).retire_root(&mut debt);
         }
         let readers = self.wait_for_readers(writer);
-        let leaves = debt.settle(|_| {}).reclaim(&readers, &self.pages, |page| {
-            self.host().free_table(page.hpa());
+        writer.retired.add(debt.settle(|_| {}), readers, false);
+    }
+}
+
+/// Tables that no reader and no processor sees any more. Whoever has unlinked them takes them apart
+/// after releasing the writers' lock, so that the lock is never held for as long as that takes.
+pub(crate) struct Retired<F>(Mutex<Vec<RetiredTables<F>>>);
+
+struct RetiredTables<F> {
+    tables: Settled<F>,
+    readers: Quiesced,
+    /// A zap has taken them out; they did not go with a root.
+    zapped: bool,
+}
+
+impl<F> Default for Retired<F> {
+    fn default() -> Self {
+        Self(Mutex::new(Vec::new()))
+    }
+}
+
+impl<F> Retired<F> {
+    fn add(&self, tables: Settled<F>, readers: Quiesced, zapped: bool) {
+        self.0.lock().push(RetiredTables {
+            tables,
+            readers,
+            zapped,
         });
-        self.count_unmapped(&leaves);
+    }
+}
+
+/// Takes tables apart when it is dropped, which is after the writers' lock was released.
+pub(crate) struct Aftermath<'a, F: MmuFormat, H: Host> {
+    mmu: &'a Mmu<F, H>,
+    retired: Vec<RetiredTables<F>>,
+}
+
+impl<'a, F: MmuFormat, H: Host> Aftermath<'a, F, H> {
+    pub(crate) const fn new(mmu: &'a Mmu<F, H>) -> Self {
+        Self {
+            mmu,
+            retired: Vec::new(),
+        }
+    }
+
+    /// Takes what there is; the lock is still held.
+    #[inline(always)]
+    pub(crate) fn take_over(&mut self, retired: &mut Retired<F>) {
+        self.retired = core::mem::take(retired.0.get_mut());
+    }
+}
+
+impl<F: MmuFormat, H: Host> Drop for Aftermath<'_, F, H> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        if !self.retired.is_empty() {
+            self.take_apart();
+        }
+    }
+}
+
+impl<F: MmuFormat, H: Host> Aftermath<'_, F, H> {
+    #[cold]
+    fn take_apart(&mut self) {
+        for retired in self.retired.drain(..) {
+            let mut tables = 0;
+            let pages = &self.mmu.pages;
+            let leaves = retired.tables.reclaim(&retired.readers, pages, |page| {
+                tables += 1;
+                self.mmu.host().free_table(page.hpa());
+            });
+            if retired.zapped {
+                self.mmu.tables_zapped.fetch_add(tables, Ordering::Relaxed);
+            }
+            self.mmu.count_unmapped(&leaves);
+        }
     }
 }
