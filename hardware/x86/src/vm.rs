@@ -1,0 +1,261 @@
+//! A virtual machine: an MMU, and processors that run on it. This is how `twofold-mmu` is used.
+
+use crate::guest;
+use crate::host::{HostRange, Hypervisor};
+use crate::instructions::{interrupts, physical_address_bits};
+use crate::processor::{Exit, SecondStageFault, Virtualization};
+use crate::smp;
+use alloc::format;
+use alloc::string::String;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::ops::Deref;
+use core::sync::atomic::Ordering;
+use twofold_arch::{Hpa, Level};
+use twofold_mmu::{Config, Mmu, Outcome, Reader, Region, Root, RootRole};
+
+/// Why a scenario fails.
+pub type Failure = String;
+
+/// One virtual machine.
+pub struct Vm<V: Virtualization> {
+    mmu: Mmu<V::Format, Hypervisor>,
+}
+
+impl<V: Virtualization> Deref for Vm<V> {
+    type Target = Mmu<V::Format, Hypervisor>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.mmu
+    }
+}
+
+impl<V: Virtualization> Vm<V> {
+    /// A machine with the guest of [`guest`](crate::guest) in its first slot, at the beginning of
+    /// guests' memory.
+    pub fn new(config: Config) -> Result<Arc<Self>, Failure> {
+        let config = Config {
+            maxphyaddr: physical_address_bits(),
+            ..config
+        };
+        let vm = Self {
+            mmu: Mmu::new(Hypervisor::default(), config),
+        };
+        guest::load_guest(Hpa::new(guest::MEMORY));
+        vm.add_memory(Memory {
+            slot: 0,
+            gpa: 0,
+            size: guest::SIZE,
+            hpa: guest::MEMORY,
+            level: Level::L4K,
+            writable: true,
+            flags: 0,
+        })?;
+        Ok(Arc::new(vm))
+    }
+
+    /// Maps memory into the hypervisor's address space and makes a slot of it. The two addresses
+    /// differ by [`HVA_OFFSET`].
+    pub fn add_memory(&self, memory: Memory) -> Result<(), Failure> {
+        let hva = memory.hpa + HVA_OFFSET;
+        self.host().map(HostRange {
+            hva: hva..hva + memory.size,
+            hpa: Hpa::new(memory.hpa),
+            writable: memory.writable,
+            level: memory.level,
+        });
+        self.set_region(memory.region())
+            .map_err(|error| format!("slot {}: {error}", memory.slot))
+    }
+
+    /// How often the MMU has asked for a flush.
+    pub fn flushes(&self) -> u64 {
+        self.host().flushes.load(Ordering::Relaxed)
+    }
+}
+
+/// From a physical address to the address that the MMU knows it by. Nothing is there: the
+/// hypervisor reaches memory by its physical address, and only names it in this way.
+pub const HVA_OFFSET: u64 = 0x10_0000_0000;
+
+/// A slot of guest memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Memory {
+    /// The slot's id.
+    pub slot: u32,
+    /// First guest-physical address.
+    pub gpa: u64,
+    /// Bytes.
+    pub size: u64,
+    /// First physical address.
+    pub hpa: u64,
+    /// The largest page to use.
+    pub level: Level,
+    /// Whether the memory itself is writable.
+    pub writable: bool,
+    /// [`RegionFlags`](twofold_mmu::RegionFlags).
+    pub flags: u32,
+}
+
+impl Memory {
+    /// The slot as the MMU is asked for it.
+    pub fn region(&self) -> Region {
+        Region {
+            slot: self.slot,
+            flags: self.flags,
+            gpa: self.gpa,
+            size: self.size,
+            hva: self.hpa + HVA_OFFSET,
+        }
+    }
+}
+
+/// What the guest is asked to do; see guest.s.
+#[derive(Clone, Copy, Debug)]
+pub enum Operation {
+    /// Reads a word.
+    Read(u64),
+    /// Writes a word.
+    Write(u64, u64),
+    /// Calls code.
+    Fetch(u64),
+    /// Writes a value to so many pages, from an address on.
+    WritePages(u64, u64, u64),
+    /// Reads and counts in the report page until told to stop.
+    ReadForever(u64),
+    /// Writes and counts in the report page until told to stop.
+    WriteForever(u64),
+    /// The sum of a word in so many pages, from an address on.
+    ReadPages(u64, u64),
+}
+
+/// A fault that was taken, and what the MMU made of it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Taken {
+    /// What the processor reported.
+    pub fault: SecondStageFault,
+    /// What the MMU answered.
+    pub outcome: Outcome,
+}
+
+/// What an operation came to.
+#[derive(Clone, Debug, Default)]
+pub struct Done {
+    /// What was read.
+    pub value: u64,
+    /// The faults on the way, without those on the guest's own first slot.
+    pub faults: Vec<Taken>,
+}
+
+/// What a device answers to every read.
+pub const DEVICE_VALUE: u64 = 0x5eed_de71_ce00_0001;
+/// Length of the guest's instructions that access devices.
+const ACCESS_LENGTH: u64 = 3;
+/// More exits than any operation needs: the guest does not get on.
+const TOO_MANY_EXITS: u32 = 100_000;
+
+/// A virtual processor with what it needs to use the MMU. Belongs to the physical processor that made
+/// it.
+pub struct GuestCpu<V: Virtualization> {
+    vm: Arc<Vm<V>>,
+    /// The processor's state.
+    pub processor: V,
+    reader: Reader,
+    root: Root,
+}
+
+impl<V: Virtualization> GuestCpu<V> {
+    /// A processor that waits for its first operation.
+    pub fn new(vm: &Arc<Vm<V>>) -> Result<Self, Failure> {
+        let root = Self::load_root(vm)?;
+        let mut processor = V::new();
+        processor.set_root(root.hpa());
+        Ok(Self {
+            vm: Arc::clone(vm),
+            processor,
+            reader: vm.reader(),
+            root,
+        })
+    }
+
+    fn load_root(vm: &Vm<V>) -> Result<Root, Failure> {
+        vm.load_root(RootRole::NORMAL)
+            .map_err(|error| format!("no root: {error}"))
+    }
+
+    /// Has the guest do something, resolving faults until it is done.
+    pub fn run(&mut self, operation: Operation) -> Result<Done, Failure> {
+        let mut done = Done::default();
+        // The guest's first request is the one that starts it.
+        self.until_request(&mut done)?;
+        let registers = self.processor.registers();
+        let (number, address, value, count) = match operation {
+            Operation::Read(address) => (1, address, 0, 0),
+            Operation::Write(address, value) => (2, address, value, 0),
+            Operation::Fetch(address) => (3, address, 0, 0),
+            Operation::WritePages(address, value, count) => (4, address, value, count),
+            Operation::ReadForever(address) => (5, address, guest::REPORT, 0),
+            Operation::WriteForever(address) => (6, address, guest::REPORT, 0),
+            Operation::ReadPages(address, count) => (7, address, 0, count),
+        };
+        registers.rax = number;
+        registers.rdi = address;
+        registers.rsi = value;
+        registers.rcx = count;
+        self.until_request(&mut done)?;
+        done.value = self.processor.registers().rbx;
+        Ok(done)
+    }
+
+    /// Runs the guest until it asks for something. It stays there: the request is answered by the
+    /// registers that the next call enters it with.
+    fn until_request(&mut self, done: &mut Done) -> Result<(), Failure> {
+        for _ in 0..TOO_MANY_EXITS {
+            match self.enter()? {
+                Exit::Interrupt => {}
+                Exit::Request => return Ok(()),
+                Exit::Fault(fault) => self.resolve(fault, done)?,
+                Exit::Other(number, detail) => {
+                    return Err(format!("unexpected exit {number:#x} ({detail:#x})"));
+                }
+            }
+        }
+        Err(format!(
+            "the guest does not get on; faults: {:x?}",
+            done.faults.last()
+        ))
+    }
+
+    /// Enters the guest once.
+    fn enter(&mut self) -> Result<Exit, Failure> {
+        if self.root.is_obsolete() {
+            self.root = Self::load_root(&self.vm)?;
+            self.processor.set_root(self.root.hpa());
+        }
+        interrupts(false);
+        // An interrupt that comes after this question leaves the guest at once.
+        let flush = smp::take_flush();
+        let exit = self.processor.enter(flush);
+        interrupts(true);
+        Ok(exit)
+    }
+
+    fn resolve(&mut self, fault: SecondStageFault, done: &mut Done) -> Result<(), Failure> {
+        let outcome = self
+            .vm
+            .fault(&mut self.reader, &self.root, fault.fault)
+            .map_err(|error| format!("fault at {}: {error}", fault.fault.gpa))?;
+        let own = fault.fault.gpa.get() < guest::SIZE;
+        if !own {
+            done.faults.push(Taken { fault, outcome });
+        }
+        if outcome == Outcome::Mmio {
+            if own {
+                return Err(format!("no memory below the guest: {fault:x?}"));
+            }
+            self.processor.registers().rbx = DEVICE_VALUE;
+            self.processor.skip(ACCESS_LENGTH);
+        }
+        Ok(())
+    }
+}
