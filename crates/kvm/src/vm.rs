@@ -250,16 +250,10 @@ impl Vm {
     pub fn get_dirty_log(&self, slot: u32) -> Result<Vec<u64>, Errno> {
         let words = self.slot(slot).map_or(0, |slot| slot.pages.div_ceil(64));
         let mut bitmap = vec![0; usize::try_from(words).map_err(|_| Errno::NOMEM)?];
-        match self
-            .tables
+        self.tables
             .dirty_log_get((slot >> 16) as u16, slot as u16, &mut bitmap)
-        {
-            Ok(()) => Ok(bitmap),
-            Err(DirtyLogError::Id) => Err(Errno::INVAL),
-            Err(DirtyLogError::NotLogged) => Err(Errno::NOENT),
-            // The slot was replaced by a larger one since it was asked for its size.
-            Err(DirtyLogError::Buffer) => Err(Errno::INVAL),
-        }
+            .map_err(dirty_log_errno)?;
+        Ok(bitmap)
     }
 
     /// `KVM_SET_NR_MMU_PAGES`: kept and given back; the tables need no limit.
@@ -587,6 +581,16 @@ impl Drop for Vm {
     fn drop(&mut self) {
         VM_COUNT.fetch_sub(1, Ordering::Relaxed);
         summary::remember(self);
+    }
+}
+
+/// What KVM answers for a dirty log that cannot be read or cleared.
+fn dirty_log_errno(error: DirtyLogError) -> Errno {
+    match error {
+        DirtyLogError::RingOnly => Errno::NXIO,
+        DirtyLogError::NotLogged => Errno::NOENT,
+        // `Buffer`: the slot was replaced by a larger one since it was asked for its size.
+        DirtyLogError::Id | DirtyLogError::Range | DirtyLogError::Buffer => Errno::INVAL,
     }
 }
 

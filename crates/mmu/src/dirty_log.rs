@@ -1,83 +1,273 @@
-//! Reading the dirty bitmap of a slot (SPEC 6.9).
+//! The dirty bitmaps of slots: enabling, reading, clearing, and noticing writes again (SPEC 6.9).
+//!
+//! A page is marked before the mapping that lets it be written is published, in one read section.
+//! So whoever takes a mark waits for the open sections and then finds every mapping that allows a
+//! write which the mark stood for.
 
 use crate::format::MmuFormat;
 use crate::host::Host;
-use crate::mmu::Mmu;
-use crate::region::ADDRESS_SPACES;
+use crate::mmu::{Mmu, Writer};
+use crate::region::{ADDRESS_SPACES, USER_SLOTS};
+use crate::slots::{DirtyBitmap, SlotInfo};
+use crate::spte::{self, Writable};
+use crate::sync::atomic::Ordering;
 use alloc::sync::Arc;
-use twofold_arch::Gfn;
-use twofold_table::Debt;
+use core::ops::Range;
+use twofold_arch::{Gfn, Level};
+use twofold_table::{Cursor, Debt, Entry, Height, Raced, Seen};
 
-/// Why a dirty bitmap cannot be read.
+bitflags::bitflags! {
+    /// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`: how reading and clearing a dirty log are told apart.
+    #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+    pub struct ManualProtect: u32 {
+        /// `KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE`: reading a log leaves it as it is;
+        /// [`Mmu::dirty_log_clear`] clears pages and notices their next write.
+        const ENABLE = 1 << 0;
+        /// `KVM_DIRTY_LOG_INITIALLY_SET`: every page of a slot that begins to log counts as dirty,
+        /// and nothing is protected before it is cleared. Needs `ENABLE`.
+        const INITIALLY_SET = 1 << 1;
+    }
+}
+
+/// Why a dirty bitmap cannot be read or cleared.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum DirtyLogError {
+    /// What is dirty is in rings: `-ENXIO`.
+    #[error("what is dirty is recorded in rings; there is no bitmap")]
+    RingOnly,
     /// No such slot id or address space can exist: `-EINVAL`.
     #[error("slot id or address space out of range")]
     Id,
+    /// The first page is not a multiple of 64, or the range leaves the slot, or ends inside it
+    /// without being a multiple of 64 pages: `-EINVAL`.
+    #[error("the range is not aligned to 64 pages or leaves the slot")]
+    Range,
     /// No such slot, or it does not log: `-ENOENT`.
     #[error("no slot with dirty logging has this id")]
     NotLogged,
-    /// The buffer has fewer bits than the slot has pages.
-    #[error("the buffer is smaller than the slot's bitmap")]
+    /// The buffer has fewer bits than the range has pages.
+    #[error("the buffer is smaller than the bitmap")]
     Buffer,
 }
 
 impl<F: MmuFormat, H: Host> Mmu<F, H> {
-    /// `KVM_GET_DIRTY_LOG`: moves the slot's dirty bits to `bitmap` (bit n of word m is page
-    /// `64 * m + n` of the slot) and protects those pages again, so that the next write is seen.
-    /// Words of `bitmap` beyond the slot are left as they are.
+    /// Chooses how dirty logs are read and cleared; for slots that begin to log from now on.
     ///
-    /// A page is marked before the mapping that lets it be written is published, in one read
-    /// section. So after taking the bits this waits for the open sections, and then finds every
-    /// mapping that it has to protect.
+    /// Whoever offers the choice refuses `INITIALLY_SET` alone, which does nothing here.
+    pub fn set_manual_protect(&self, protect: ManualProtect) {
+        self.manual_protect.store(protect.bits(), Ordering::Relaxed);
+    }
+
+    fn manual_protect(&self) -> ManualProtect {
+        ManualProtect::from_bits_truncate(self.manual_protect.load(Ordering::Relaxed))
+    }
+
+    /// Whether every page of a slot counts as dirty when it begins to log. Rings cannot say so.
+    pub(crate) fn begins_all_dirty(&self) -> bool {
+        self.manual_protect() == ManualProtect::all() && self.ring_entries() == 0
+    }
+
+    /// The slot with this id and its bitmap.
+    fn logged_slot(
+        &self,
+        writer: &Writer<F>,
+        as_id: u16,
+        slot: u16,
+    ) -> Result<(SlotInfo, Arc<DirtyBitmap>), DirtyLogError> {
+        self.slot_by_id(writer, as_id, slot)
+            .and_then(|slot| Some((slot.info, Arc::clone(slot.dirty.as_ref()?))))
+            .ok_or(DirtyLogError::NotLogged)
+    }
+
+    /// The checks that come before the slot is looked at.
+    fn check_log_id(&self, as_id: u16, slot: u16) -> Result<(), DirtyLogError> {
+        if self.ring_entries() != 0 {
+            return Err(DirtyLogError::RingOnly);
+        }
+        if usize::from(as_id) >= ADDRESS_SPACES || usize::from(slot) >= USER_SLOTS {
+            return Err(DirtyLogError::Id);
+        }
+        Ok(())
+    }
+
+    /// `KVM_GET_DIRTY_LOG`: writes the slot's dirty bits to `bitmap` (bit n of word m is page
+    /// `64 * m + n` of the slot). Without [`ManualProtect::ENABLE`] the bits are taken and the pages
+    /// protected again, so that the next write is seen. Words of `bitmap` beyond the slot are left
+    /// as they are.
+    ///
+    /// What processors have logged is drained by the caller before.
     ///
     /// # Errors
-    /// See [`DirtyLogError`].
+    /// See [`DirtyLogError`], in KVM's order.
     pub fn dirty_log_get(
         &self,
         as_id: u16,
         slot: u16,
         bitmap: &mut [u64],
     ) -> Result<(), DirtyLogError> {
-        if usize::from(as_id) >= ADDRESS_SPACES || usize::from(slot) >= crate::region::USER_SLOTS {
-            return Err(DirtyLogError::Id);
-        }
+        self.check_log_id(as_id, slot)?;
         let mut writer = self.lock();
-        let (info, dirty) = self
-            .slot_by_id(&writer, as_id, slot)
-            .and_then(|slot| Some((slot.info, Arc::clone(slot.dirty.as_ref()?))))
-            .ok_or(DirtyLogError::NotLogged)?;
+        let (info, dirty) = self.logged_slot(&writer, as_id, slot)?;
         let bitmap = bitmap
             .get_mut(..dirty.words())
             .ok_or(DirtyLogError::Buffer)?;
+        if self.manual_protect().contains(ManualProtect::ENABLE) {
+            for (number, word) in bitmap.iter_mut().enumerate() {
+                *word = dirty.get(number);
+            }
+            return Ok(());
+        }
         let mut any = 0;
         for (number, word) in bitmap.iter_mut().enumerate() {
             *word = dirty.take(number);
             any |= *word;
         }
-        if any == 0 {
-            return Ok(());
+        if any != 0 {
+            self.notice_taken(&mut writer, &info, 0, bitmap);
         }
-        let _readers = self.synchronize(&mut writer);
+        Ok(())
+    }
+
+    /// How many words `KVM_CLEAR_DIRTY_LOG` of `pages` pages from `first` on reads, if it would not
+    /// be refused.
+    ///
+    /// # Errors
+    /// See [`DirtyLogError`], in KVM's order.
+    pub fn dirty_log_words(
+        &self,
+        as_id: u16,
+        slot: u16,
+        first: u64,
+        pages: u32,
+    ) -> Result<usize, DirtyLogError> {
+        self.check_log_id(as_id, slot)?;
+        if !first.is_multiple_of(64) {
+            return Err(DirtyLogError::Range);
+        }
+        let writer = self.lock();
+        let (info, _) = self.logged_slot(&writer, as_id, slot)?;
+        let pages = u64::from(pages);
+        let rest = info.pages.checked_sub(first).ok_or(DirtyLogError::Range)?;
+        if pages > rest || pages < rest && !pages.is_multiple_of(64) {
+            return Err(DirtyLogError::Range);
+        }
+        Ok(pages.div_ceil(64) as usize)
+    }
+
+    /// `KVM_CLEAR_DIRTY_LOG`: of the `pages` pages from `first` on, those whose bit is set in
+    /// `bitmap` and that are dirty become clean, and their next write is noticed. `bitmap` is left
+    /// with the bits of exactly those pages.
+    ///
+    /// # Errors
+    /// See [`DirtyLogError`], in KVM's order; nothing has changed then.
+    pub fn dirty_log_clear(
+        &self,
+        as_id: u16,
+        slot: u16,
+        first: u64,
+        pages: u32,
+        bitmap: &mut [u64],
+    ) -> Result<(), DirtyLogError> {
+        let words = self.dirty_log_words(as_id, slot, first, pages)?;
+        let bitmap = bitmap.get_mut(..words).ok_or(DirtyLogError::Buffer)?;
+        let mut writer = self.lock();
+        // Looked up again: bits beyond a slot that has meanwhile become another one are not there.
+        let (info, dirty) = self.logged_slot(&writer, as_id, slot)?;
+        let mut any = 0;
+        for (number, word) in bitmap.iter_mut().enumerate() {
+            *word = dirty.take_masked((first / 64) as usize + number, *word);
+            any |= *word;
+        }
+        if any != 0 {
+            self.notice_taken(&mut writer, &info, first, bitmap);
+        }
+        Ok(())
+    }
+
+    /// Notices the next write to each page whose mark was taken: `bitmap` from the page `first` of
+    /// the slot on.
+    fn notice_taken(&self, writer: &mut Writer<F>, slot: &SlotInfo, first: u64, bitmap: &[u64]) {
+        let _readers = self.synchronize(writer);
+        let writer: &Writer<F> = writer;
         let mut debt = Debt::none();
         for (number, &word) in bitmap.iter().enumerate() {
-            let first = info.base.get() + 64 * number as u64;
-            let mut rest = word;
-            while rest != 0 {
-                // One run of pages at a time.
-                let start = rest.trailing_zeros();
-                let run = (rest >> start).trailing_ones();
-                let gfns = first + u64::from(start)..first + u64::from(start) + u64::from(run);
-                let gfns = Gfn::new(gfns.start)..Gfn::new(gfns.end);
-                self.write_protect(&writer, as_id, gfns, &mut debt);
-                rest = if start + run == 64 {
-                    0
-                } else {
-                    rest >> (start + run) << (start + run)
-                };
+            let first = first + 64 * number as u64;
+            self.notice_writes_masked(writer, slot, first, word, &mut debt);
+        }
+        self.pay(writer, debt);
+    }
+
+    /// [`notice_writes`](Self::notice_writes) for those of 64 pages of the slot, from the page
+    /// `first` on, whose bits are set in `mask`.
+    pub(crate) fn notice_writes_masked(
+        &self,
+        writer: &Writer<F>,
+        slot: &SlotInfo,
+        first: u64,
+        mask: u64,
+        debt: &mut Debt<F>,
+    ) {
+        let first = slot.base.get() + first;
+        let mut rest = mask;
+        while rest != 0 {
+            // One run of pages at a time.
+            let start = u64::from(rest.trailing_zeros());
+            let end = start + u64::from((rest >> start).trailing_ones());
+            let gfns = Gfn::new(first + start)..Gfn::new(first + end);
+            self.notice_writes(writer, slot, gfns, debt);
+            rest = if end == 64 { 0 } else { rest >> end << end };
+        }
+    }
+
+    /// Changes every leaf of `gfns`, which are in the slot, in every root of its address space, so
+    /// that the next write to each page is noticed: by the processor's log or by a fault.
+    pub(crate) fn notice_writes(
+        &self,
+        writer: &Writer<F>,
+        slot: &SlotInfo,
+        gfns: Range<Gfn>,
+        debt: &mut Debt<F>,
+    ) {
+        let range = gfns.start.address()..gfns.end.address();
+        for root in writer
+            .roots
+            .iter()
+            .filter(|root| root.role.as_id() == slot.as_id)
+        {
+            let mut cursor = Cursor::new(self.table_locked(root.table, writer), range.clone());
+            while let Some(seen) = cursor.next() {
+                if seen.entry::<F>() == Entry::Leaf
+                    && self.notice_leaf(&cursor, seen, debt).is_err()
+                {
+                    cursor.again();
+                }
             }
         }
-        self.pay(&writer, debt);
-        Ok(())
+    }
+
+    fn notice_leaf(
+        &self,
+        cursor: &Cursor<'_, F, crate::tables::Pages<H>>,
+        seen: Seen,
+        debt: &mut Debt<F>,
+    ) -> Result<(), Raced> {
+        let table = cursor.table();
+        let entry = seen.value();
+        if seen.place().height() > Height::LEAF {
+            return table.remove(seen, debt);
+        }
+        let new = match spte::writable::<F>(entry) {
+            Some(Writable::Yes) => {
+                spte::noticing_writes::<F>(entry, Level::L4K, self.logs_by_pml())
+            }
+            // A processor may still write through a translation from before its page aged, which
+            // nobody has flushed.
+            Some(Writable::Logged) if spte::is_access_tracked::<F>(entry) => entry,
+            _ => return Ok(()),
+        };
+        if new == entry && !spte::is_access_tracked::<F>(entry) {
+            return Ok(());
+        }
+        table.shrink(seen, new, debt)
     }
 }

@@ -12,7 +12,7 @@ use crate::reader::{Counter, KnownSlot, Memory, Reader, ReaderState, Sections};
 use crate::region::RegionFlags;
 use crate::root::{Root, RootState};
 use crate::slots::{SlotInfo, SlotTree, UPDATE_IN_PROGRESS};
-use crate::spte::{self, Leaf, Writable};
+use crate::spte::{self, AdBits, Leaf, Writable};
 use crate::tables::Pages;
 use twofold_arch::{Gfn, Gpa, Hpa, Level, PAGE_SHIFT, Pferr};
 use twofold_table::{BuildError, Debt, Entry, Height, Seen, Table};
@@ -113,8 +113,8 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     ) -> Result<Outcome, FaultError> {
         let error = fault.error;
         let gfn = fault.gpa.frame();
-        if error.intersects(Pferr::RSVD.union(Pferr::PRESENT))
-            && let Some(outcome) = self.resolve_present(state, sections, memory, root, fault)
+        if (error.intersects(Pferr::RSVD.union(Pferr::PRESENT)) || root.ad == AdBits::Off)
+            && let Some(outcome) = self.fast_fault(state, sections, memory, root, fault)
         {
             return Ok(outcome);
         }
@@ -278,7 +278,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             return None;
         }
         table
-            .install(seen, small_leaf(&known.info, page).encode::<F>())
+            .install(seen, small_leaf(&known.info, page, root.ad).encode::<F>())
             .ok()?;
         state.count_mapped(Level::L4K);
         Some(Outcome::Fixed { level: Level::L4K })
@@ -363,7 +363,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         let leaf = Leaf {
             hpa: Hpa::new(page.hpa.get() & !(level.bytes() - 1)),
             level,
-            ..small_leaf(&known.info, &page)
+            ..small_leaf(&known.info, &page, root.ad)
         };
         let writable = leaf.writable == Writable::Yes;
         let epoch = self.epoch(&section);
@@ -380,8 +380,8 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                 return Attempt::Done(Outcome::Spurious);
             }
             Entry::Leaf => {
-                if writable {
-                    slot.mark_dirty(gfn);
+                if writable && !slot.mark_dirty(gfn, state) {
+                    return Attempt::Done(Outcome::Retry);
                 }
                 let attempt = self.over_leaf(&table, seen, leaf);
                 drop(section);
@@ -396,9 +396,9 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         if memory.pool.len() < missing {
             return Attempt::NeedPages(missing);
         }
-        if writable {
-            // Before the page can be written; see `dirty_log_get`.
-            slot.mark_dirty(gfn);
+        // Before the page can be written; see `dirty_log_get`.
+        if writable && !slot.mark_dirty(gfn, state) {
+            return Attempt::Done(Outcome::Retry);
         }
         let entry = leaf.encode::<F>();
         if missing == 0 {
@@ -450,79 +450,6 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             Ok(()) => Err(debt),
             Err(_) => Ok(Attempt::Again),
         }
-    }
-
-    /// A fault on an entry that was present for the processor: MMIO, or a write to a page that is
-    /// only protected to notice it. `None` if the host has to be asked.
-    #[cold]
-    #[inline(never)]
-    fn resolve_present(
-        &self,
-        state: &ReaderState,
-        sections: &mut Sections<'_>,
-        memory: &mut Memory,
-        root: &RootState,
-        fault: Fault,
-    ) -> Option<Outcome> {
-        let as_id = root.role.as_id();
-        let space = self.spaces.get(usize::from(as_id))?;
-        let gfn = fault.gpa.frame();
-        let reserved = fault.error.contains(Pferr::RSVD);
-        if !reserved && !fault.error.is_write() {
-            return None;
-        }
-        let known = match reserved {
-            true => None,
-            false => Some(self.find_slot(sections, memory, as_id, gfn)?),
-        };
-        let section = sections.enter();
-        if root.is_obsolete() {
-            return Some(Outcome::ObsoleteRoot);
-        }
-        let table = self.table_in(root.table, &section);
-        if fault.gpa.get() >= table.end() {
-            return None;
-        }
-        let seen = table.lookup(fault.gpa, Height::LEAF);
-        let entry = seen.entry::<F>();
-        let Some(known) = known else {
-            return match self.mmio {
-                Some(mmio) if entry == Entry::Special && mmio.matches(seen.value()) => mmio
-                    .is_fresh(seen.value(), space.generation())
-                    .then_some(Outcome::Mmio),
-                // Someone has changed it since the processor looked.
-                _ => Some(Outcome::Retry),
-            };
-        };
-        if entry != Entry::Leaf {
-            return None;
-        }
-        if spte::allows::<F>(seen.value(), fault.error) {
-            return Some(Outcome::Spurious);
-        }
-        if spte::writable::<F>(seen.value()) != Some(Writable::Logged)
-            || known.info.flags.contains(RegionFlags::READONLY)
-        {
-            return None;
-        }
-        let slot = match SlotTree::recall(known.hint, space.generation(), &section) {
-            Some(slot) => slot,
-            None => space
-                .tree
-                .find(gfn, &section)
-                .filter(|slot| slot.info == known.info && !slot.is_invalid())?,
-        };
-        let level = Level::from_number(seen.place().height().get())?;
-        if level != Level::L4K && slot.dirty.is_some() {
-            return None;
-        }
-        // Before the page can be written; see `dirty_log_get`.
-        slot.mark_dirty(gfn);
-        table
-            .widen(seen, spte::with_write::<F>(seen.value()))
-            .ok()?;
-        state.count(Counter::Fast);
-        Some(Outcome::Fixed { level })
     }
 
     /// No slot: the access is MMIO. An entry that says so spares the next access the search.
@@ -579,7 +506,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
 
 /// The leaf for a 4K page of a slot.
 #[inline(always)]
-fn small_leaf(slot: &SlotInfo, page: &HostPage) -> Leaf {
+fn small_leaf(slot: &SlotInfo, page: &HostPage, ad: AdBits) -> Leaf {
     let writable = page.writable && !slot.flags.contains(RegionFlags::READONLY);
     Leaf {
         hpa: page.hpa,
@@ -592,6 +519,7 @@ fn small_leaf(slot: &SlotInfo, page: &HostPage) -> Leaf {
         executable: true,
         accessed: true,
         private: false,
+        ad,
     }
 }
 

@@ -25,6 +25,13 @@ pub trait MmuFormat: Format {
     const HOST_WRITABLE: u64;
     /// Software: the MMU allows writes; W may be given back without asking anyone.
     const MMU_WRITABLE: u64;
+    /// Reads are allowed.
+    const READ: u64;
+    /// The permissions that access tracking takes away where processors do not set accessed bits;
+    /// 0 if processors of this format always do (SPEC 4.3).
+    const TRACKED: u64;
+    /// Whether processors of this format can record the frames that they write.
+    const HAS_PML: bool;
 
     /// The bits that make an MMIO entry on a machine with this physical address width, and the mask
     /// under which they are compared; `None` if no value is sure to fault there.
@@ -44,6 +51,9 @@ impl MmuFormat for Ept {
     const LARGE: u64 = EptFlags::LARGE.bits();
     const HOST_WRITABLE: u64 = 1 << 57;
     const MMU_WRITABLE: u64 = 1 << 58;
+    const READ: u64 = EptFlags::READ.bits();
+    const TRACKED: u64 = EptFlags::RWX.bits();
+    const HAS_PML: bool = true;
 
     fn mmio_value(_maxphyaddr: u8) -> Option<(u64, u64)> {
         let value = EptFlags::WRITE | EptFlags::EXECUTE;
@@ -61,6 +71,9 @@ impl MmuFormat for Npt {
     const LARGE: u64 = NptFlags::LARGE.bits();
     const HOST_WRITABLE: u64 = 1 << 9;
     const MMU_WRITABLE: u64 = 1 << 10;
+    const READ: u64 = NptFlags::PRESENT.bits();
+    const TRACKED: u64 = 0;
+    const HAS_PML: bool = false;
 
     fn mmio_value(maxphyaddr: u8) -> Option<(u64, u64)> {
         let value = (NptFlags::PRESENT | NptFlags::WRITE | NptFlags::USER).bits() | 1 << 51;

@@ -29,7 +29,7 @@ impl<F: MmuFormat, H: Host> Drop for HostChange<'_, F, H> {
 }
 
 /// The frames of `slot` that have memory in `hva`.
-fn frames_in(slot: &SlotInfo, hva: &Range<u64>) -> Range<Gfn> {
+pub(crate) fn frames_in(slot: &SlotInfo, hva: &Range<u64>) -> Range<Gfn> {
     let first = hva.start.saturating_sub(slot.hva) >> PAGE_SHIFT;
     let end = hva.end.saturating_sub(slot.hva);
     let end = (end.saturating_add(PAGE_SIZE - 1) >> PAGE_SHIFT).min(slot.pages);

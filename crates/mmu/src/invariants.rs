@@ -24,7 +24,7 @@ use crate::mmu::{Mmu, Writer};
 use crate::region::{ADDRESS_SPACES, RegionFlags};
 use crate::root::{RootRole, RootState};
 use crate::slots::{Slot, SlotInfo, UPDATE_IN_PROGRESS};
-use crate::spte::{self, Writable};
+use crate::spte::{self, AdBits, Writable};
 use crate::zap::Aftermath;
 use alloc::collections::BTreeSet;
 use alloc::vec::Vec;
@@ -311,18 +311,27 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         if level != Level::L4K && !may_be_huge(&slot.info, gfn, level) {
             broken[2] = Some(Rule::HugeLeaf);
         }
-        if level != Level::L4K && logs && writes {
+        // A slot in which every page counts as dirty is only protected where that was cleared.
+        if level != Level::L4K && logs && writes && !is_all_dirty(slot, gfn, level) {
             broken[3] = Some(Rule::LoggedHuge);
         }
         if writes && slot.info.flags.contains(RegionFlags::READONLY) {
             broken[4] = Some(Rule::ReadOnlySlot);
         }
-        // The leaf was read before the bitmap, and is written after it.
-        if writes && level == Level::L4K && !slot.is_marked(gfn) {
+        // The leaf was read before the bitmap, and is written after it. What processors have logged
+        // is not in the bitmap yet.
+        let by_log = self.logs_by_pml() && spte::ad_bits(entry) == AdBits::Hardware;
+        if writes && level == Level::L4K && !by_log && !slot.is_marked(gfn) {
             broken[5] = Some(Rule::Unmarked);
         }
         broken.into_iter().flatten()
     }
+}
+
+/// Whether a bitmap has every page that a leaf at `gfn` covers.
+fn is_all_dirty(slot: &Slot, gfn: Gfn, level: Level) -> bool {
+    slot.dirty.is_some()
+        && (gfn.get()..gfn.get() + level.frames()).all(|gfn| slot.is_marked(Gfn::new(gfn)))
 }
 
 /// Whether the slot has a whole page of this size at `gfn`, with guest and host addresses

@@ -9,6 +9,7 @@
 extern crate alloc;
 
 pub mod dirty_log;
+pub mod dirty_ring;
 pub mod fault;
 pub mod format;
 pub mod host;
@@ -23,15 +24,19 @@ pub mod slots;
 pub mod spte;
 pub mod stats;
 
+mod age;
+mod fast_fault;
 mod garbage;
 mod invalidation;
 mod lock;
+mod pml;
 mod set_region;
 mod sync;
 mod tables;
 mod zap;
 
-pub use dirty_log::DirtyLogError;
+pub use dirty_log::{DirtyLogError, ManualProtect};
+pub use dirty_ring::{DirtyGfn, DirtyRingError, RingMemory};
 pub use fault::{Fault, FaultError, Outcome};
 pub use format::{Ept, MmuFormat, Npt};
 pub use host::{Host, HostPage, PopulateError};

@@ -1,5 +1,6 @@
 //! The MMU of one VM.
 
+use crate::dirty_ring::{DirtyRing, RingMemory};
 use crate::format::MmuFormat;
 use crate::garbage::Garbage;
 use crate::host::Host;
@@ -12,7 +13,7 @@ use crate::region::ADDRESS_SPACES;
 use crate::root::{Root, RootRole, RootState};
 use crate::slots::{AddressSpace, HvaIndex, SlotInfo, UPDATE_IN_PROGRESS};
 use crate::stats::Stats;
-use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use crate::tables::{Access, Pages};
 use crate::zap::Retired;
 use alloc::sync::Arc;
@@ -80,6 +81,10 @@ pub struct Mmu<F: MmuFormat, H: Host> {
     pub(crate) unlinked: AtomicU64,
     pub(crate) mmio: Option<MmioEncoding>,
     pub(crate) slot_zap_all: AtomicBool,
+    /// [`ManualProtect`](crate::ManualProtect), as bits.
+    pub(crate) manual_protect: AtomicU32,
+    /// Entries of each reader's dirty ring; 0: what is dirty stands in the slots' bitmaps.
+    pub(crate) ring_entries: AtomicU32,
     /// Taken before the writers' lock by whoever changes slots, or works on one for longer than
     /// the writers' lock may be held (KVM's `slots_lock`).
     slots_lock: Lock<()>,
@@ -128,6 +133,8 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             unlinked: AtomicU64::new(0),
             mmio: MmioEncoding::new::<F>(config.maxphyaddr),
             slot_zap_all: AtomicBool::new(config.slot_zap_all),
+            manual_protect: AtomicU32::new(0),
+            ring_entries: AtomicU32::new(0),
             writer: Lock::new(Writer {
                 roots: Vec::new(),
                 readers: Vec::new(),
@@ -177,7 +184,17 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     /// Registers a thread of the VM, one per virtual processor. A reader keeps a few pages for
     /// tables; they go back to the host only if it is dropped before the MMU is.
     pub fn reader(&self) -> Reader {
-        let (reader, state) = Reader::new(self.id);
+        self.new_reader(None)
+    }
+
+    /// [`reader`](Self::reader) whose writes are recorded in a dirty ring, after
+    /// [`enable_dirty_ring`](Self::enable_dirty_ring): `memory` has as many entries as that returned.
+    pub fn ring_reader(&self, memory: Arc<dyn RingMemory>) -> Reader {
+        self.new_reader(Some(DirtyRing::new(memory, self.reserved_ring_entries())))
+    }
+
+    fn new_reader(&self, ring: Option<DirtyRing>) -> Reader {
+        let (reader, state) = Reader::new(self.id, ring);
         let mut writer = self.lock();
         self.sweep_readers(&mut writer);
         writer.readers.push(state);
@@ -213,7 +230,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         let page = self.host().alloc_table().ok_or(OutOfMemory)?;
         let table = self.root_table(page, Height::from(role.level));
         self.pages.fill(table.page, F::ENTRIES, F::EMPTY);
-        let state = Arc::new(RootState::new(table, role));
+        let state = Arc::new(RootState::new(table, role, self.ad_bits(role)));
         writer.roots.push(Arc::clone(&state));
         Ok(Root { state })
     }
@@ -258,20 +275,6 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             None => self.search_slot(&mut sections, memory, as_id, gfn)?,
         };
         Some(known.info)
-    }
-
-    /// Marks the page dirty in the slot that holds it, if that slot logs: the hypervisor wrote there.
-    ///
-    /// # Panics
-    /// If `reader` belongs to another MMU.
-    pub fn mark_dirty(&self, reader: &mut Reader, as_id: u16, gfn: Gfn) {
-        let (_, mut sections, _) = reader.parts(self.id);
-        if let Some(space) = self.spaces.get(usize::from(as_id)) {
-            let section = sections.enter();
-            if let Some(slot) = space.tree.find(gfn, &section) {
-                slot.mark_dirty(gfn);
-            }
-        }
     }
 
     /// Counters, summed over every reader.

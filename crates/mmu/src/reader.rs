@@ -3,6 +3,7 @@
 // UNSAFETY: opens read sections; `&mut Reader` makes sure that one thread does so, once.
 #![expect(unsafe_code)]
 
+use crate::dirty_ring::DirtyRing;
 use crate::region::ADDRESS_SPACES;
 use crate::slots::{SlotHint, SlotInfo};
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -50,6 +51,8 @@ pub(crate) struct ReaderState {
     /// Leaves mapped, by level.
     mapped: [AtomicU64; 3],
     mmu: u64,
+    /// Where what this reader writes is recorded, if not in the slots' bitmaps.
+    ring: Option<DirtyRing>,
     gone: AtomicBool,
     left: Mutex<Pool>,
 }
@@ -111,12 +114,13 @@ fn bump(counter: &AtomicU64) {
 }
 
 impl ReaderState {
-    fn new(mmu: u64) -> Self {
+    fn new(mmu: u64, ring: Option<DirtyRing>) -> Self {
         Self {
             word: ReaderWord::new(),
             counters: Default::default(),
             mapped: Default::default(),
             mmu,
+            ring,
             gone: AtomicBool::new(false),
             left: Mutex::new(Pool::new()),
         }
@@ -124,6 +128,11 @@ impl ReaderState {
 
     pub(crate) fn word(&self) -> &ReaderWord {
         &self.word
+    }
+
+    #[inline(always)]
+    pub(crate) fn ring(&self) -> Option<&DirtyRing> {
+        self.ring.as_ref()
     }
 
     #[inline(always)]
@@ -184,8 +193,8 @@ impl Sections<'_> {
 
 impl Reader {
     /// A reader of the MMU with the number `mmu`, and the part for the MMU to keep.
-    pub(crate) fn new(mmu: u64) -> (Self, Arc<ReaderState>) {
-        let state = Arc::new(ReaderState::new(mmu));
+    pub(crate) fn new(mmu: u64, ring: Option<DirtyRing>) -> (Self, Arc<ReaderState>) {
+        let state = Arc::new(ReaderState::new(mmu, ring));
         let memory = Memory {
             slots: [None; ADDRESS_SPACES],
             leaf_table: None,
@@ -215,6 +224,13 @@ impl Reader {
             Sections { state: &self.state },
             &mut self.memory,
         )
+    }
+
+    /// Whether so much of the reader's dirty ring is filled that its virtual processor must not run
+    /// before entries were reset (`KVM_EXIT_DIRTY_RING_FULL`).
+    #[inline]
+    pub fn is_dirty_ring_soft_full(&self) -> bool {
+        self.state.ring().is_some_and(DirtyRing::is_soft_full)
     }
 
     /// This reader's counters.

@@ -1,5 +1,6 @@
 //! Roots by role.
 
+use crate::spte::AdBits;
 use crate::sync::atomic::{AtomicBool, Ordering};
 use alloc::sync::Arc;
 use twofold_arch::{Hpa, Level};
@@ -36,14 +37,17 @@ impl RootRole {
 pub(crate) struct RootState {
     pub(crate) table: RootTable,
     pub(crate) role: RootRole,
+    /// How the leaves below tell what is used.
+    pub(crate) ad: AdBits,
     obsolete: AtomicBool,
 }
 
 impl RootState {
-    pub(crate) fn new(table: RootTable, role: RootRole) -> Self {
+    pub(crate) fn new(table: RootTable, role: RootRole, ad: AdBits) -> Self {
         Self {
             table,
             role,
+            ad,
             obsolete: AtomicBool::new(false),
         }
     }

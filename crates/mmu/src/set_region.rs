@@ -172,7 +172,8 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         self.slot_by_id(writer, slot.as_id, slot.id)?.dirty.clone()
     }
 
-    /// A slot with its bitmap: `dirty` if it goes on, a new one if it logs and had none.
+    /// A slot with its bitmap: `dirty` if it goes on, a new one if it logs and had none. Without one
+    /// where dirty rings are used.
     fn new_slot(
         &self,
         info: SlotInfo,
@@ -180,12 +181,15 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     ) -> Result<Slot, RegionError> {
         let dirty = if !info.flags.contains(RegionFlags::LOG_DIRTY) {
             None
-        } else if dirty.is_some() {
+        } else if dirty.is_some() || self.ring_entries() != 0 {
             dirty
         } else {
-            Some(Arc::new(
-                DirtyBitmap::new(info.pages).ok_or(RegionError::OutOfMemory)?,
-            ))
+            let new = if self.begins_all_dirty() {
+                DirtyBitmap::all_dirty
+            } else {
+                DirtyBitmap::new
+            };
+            Some(Arc::new(new(info.pages).ok_or(RegionError::OutOfMemory)?))
         };
         Ok(Slot::new(info, dirty))
     }
@@ -243,9 +247,12 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         if wanted.flags.contains(RegionFlags::LOG_DIRTY) {
             // Faults that know the old slot map without marking; after them nobody does.
             let _readers = self.synchronize(writer);
-            let mut debt = Debt::none();
-            self.write_protect(writer, wanted.as_id, wanted.base..wanted.end(), &mut debt);
-            self.pay(writer, debt);
+            // Where every page counts as dirty there is nothing to notice yet.
+            if !self.begins_all_dirty() {
+                let mut debt = Debt::none();
+                self.notice_writes(writer, &wanted, wanted.base..wanted.end(), &mut debt);
+                self.pay(writer, debt);
+            }
         }
         Ok(())
     }

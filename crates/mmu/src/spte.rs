@@ -5,14 +5,16 @@
 //! |---|---|---|
 //! | 11 | present for the MMU | the same |
 //! | 9, 10 | D, XU | host-writable, MMU-writable |
+//! | 53:52 | [`AdBits`] | the same |
+//! | 54, 56 | R and X that access tracking took away | – |
 //! | 55 | private | private |
 //! | 57, 58 | host-writable, MMU-writable | – |
 //! | 63 | suppress #VE, in every entry but MMIO | NX in a present entry; set in an empty one |
 //!
 //! Whether a leaf may be written has three parts (SPEC 4.5): the host allows it, the MMU allows it,
 //! and W itself. W without MMU-writable, or MMU-writable without host-writable, never exists. A leaf
-//! that is MMU-writable but lacks W was protected for dirty logging; W may be given back with one
-//! exchange and without asking the host.
+//! that is MMU-writable but lacks W was protected for dirty logging, or lost its permissions to
+//! access tracking; W may be given back with one exchange and without asking the host.
 
 use crate::format::MmuFormat;
 use twofold_arch::{Hpa, Level, Pferr};
@@ -20,6 +22,11 @@ use twofold_table::x86::MMU_PRESENT;
 
 /// Bit 55: the leaf maps the private half of confidential memory. Ignored by both processors.
 pub const PRIVATE: u64 = 1 << 55;
+
+/// The lower of the two bits that hold [`AdBits`].
+const AD_SHIFT: u32 = 52;
+/// How far R and X move when access tracking takes them away.
+const SAVED_SHIFT: u32 = 54;
 
 /// Why and how far a leaf is writable.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -32,6 +39,19 @@ pub enum Writable {
     Logged,
     /// The guest may write.
     Yes,
+}
+
+/// What is known of a page's use from its leaf: bits 53:52.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum AdBits {
+    /// The processor sets accessed and dirty bits, and both mean what they say.
+    #[default]
+    Hardware = 0,
+    /// The processor sets none. A page's use is found out by taking every permission away.
+    Off = 1,
+    /// The processor sets accessed and dirty bits, but writes are noticed by taking W away: what a
+    /// processor would log is not a frame of this VM's (the tables of a nested guest).
+    WriteProtect = 2,
 }
 
 /// Everything that decides a leaf's bits.
@@ -49,14 +69,16 @@ pub struct Leaf {
     pub accessed: bool,
     /// The private half of confidential memory.
     pub private: bool,
+    /// How its use is tracked.
+    pub ad: AdBits,
 }
 
 impl Leaf {
     /// The entry.
     #[inline(always)]
     pub fn encode<F: MmuFormat>(self) -> u64 {
-        let mut entry = self.hpa.get() | MMU_PRESENT | F::LEAF;
-        if self.accessed {
+        let mut entry = self.hpa.get() | MMU_PRESENT | F::LEAF | (self.ad as u64) << AD_SHIFT;
+        if self.accessed && self.ad != AdBits::Off {
             entry |= F::ACCESSED;
         }
         entry |= if self.executable {
@@ -71,12 +93,34 @@ impl Leaf {
             Writable::ReadOnly => 0,
             Writable::Protected => F::HOST_WRITABLE,
             Writable::Logged => F::HOST_WRITABLE | F::MMU_WRITABLE,
-            Writable::Yes => F::HOST_WRITABLE | F::MMU_WRITABLE | F::WRITE | F::DIRTY,
+            Writable::Yes => F::HOST_WRITABLE | F::MMU_WRITABLE | write_bits::<F>(self.ad),
         };
         if self.private {
             entry |= PRIVATE;
         }
+        if !self.accessed && self.ad == AdBits::Off {
+            entry = unused::<F>(entry);
+        }
         entry
+    }
+}
+
+/// W, and D where it means something.
+#[inline(always)]
+fn write_bits<F: MmuFormat>(ad: AdBits) -> u64 {
+    match ad {
+        AdBits::Off => F::WRITE,
+        AdBits::Hardware | AdBits::WriteProtect => F::WRITE | F::DIRTY,
+    }
+}
+
+/// How the use of the leaf `entry` is tracked.
+#[inline(always)]
+pub fn ad_bits(entry: u64) -> AdBits {
+    match entry >> AD_SHIFT & 3 {
+        0 => AdBits::Hardware,
+        1 => AdBits::Off,
+        _ => AdBits::WriteProtect,
     }
 }
 
@@ -100,14 +144,14 @@ pub fn allows<F: MmuFormat>(entry: u64, error: Pferr) -> bool {
     } else if error.is_fetch() {
         entry & F::EXECUTE == F::EXECUTE && entry & F::NO_EXECUTE == 0
     } else {
-        true
+        entry & F::READ != 0
     }
 }
 
-/// The leaf `entry` with W given back after it was taken for logging.
+/// The leaf `entry` with W given back after it was taken away to notice the next write.
 #[inline]
 pub fn with_write<F: MmuFormat>(entry: u64) -> u64 {
-    entry | F::WRITE | F::DIRTY
+    entry | write_bits::<F>(ad_bits(entry))
 }
 
 /// The leaf `entry` without W, so that the next write is noticed.
@@ -116,46 +160,122 @@ pub fn without_write<F: MmuFormat>(entry: u64) -> u64 {
     entry & !F::WRITE
 }
 
+/// The leaf `entry` at `level` changed so that the next write to it is noticed: by the processor's
+/// log, for which D is cleared (`pml`), or by a fault.
+///
+/// Processors log a large leaf once, with the page that made it dirty; so those lose W.
+#[inline]
+pub fn noticing_writes<F: MmuFormat>(entry: u64, level: Level, pml: bool) -> u64 {
+    if pml && level == Level::L4K && ad_bits(entry) == AdBits::Hardware {
+        entry & !F::DIRTY
+    } else {
+        without_write::<F>(entry)
+    }
+}
+
+/// Whether access tracking has taken every permission of the leaf `entry`.
+#[inline]
+pub fn is_access_tracked<F: MmuFormat>(entry: u64) -> bool {
+    F::TRACKED != 0 && ad_bits(entry) == AdBits::Off && entry & F::TRACKED == 0
+}
+
+/// Whether the page of the leaf `entry` was used since [`unused`] was written.
+#[inline]
+pub fn is_young<F: MmuFormat>(entry: u64) -> bool {
+    match ad_bits(entry) {
+        AdBits::Off => !is_access_tracked::<F>(entry),
+        AdBits::Hardware | AdBits::WriteProtect => entry & F::ACCESSED != 0,
+    }
+}
+
+/// The leaf `entry` as one whose next use is noticed: without A, or without R, W and X, of which R
+/// and X are kept elsewhere and W is implied by MMU-writable.
+#[inline]
+pub fn unused<F: MmuFormat>(entry: u64) -> u64 {
+    match ad_bits(entry) {
+        AdBits::Off if is_access_tracked::<F>(entry) => entry,
+        AdBits::Off => entry & !F::TRACKED | (entry & saved::<F>()) << SAVED_SHIFT,
+        AdBits::Hardware | AdBits::WriteProtect => entry & !F::ACCESSED,
+    }
+}
+
+/// The leaf `entry` with R and X given back after [`unused`] took them.
+#[inline]
+pub fn used<F: MmuFormat>(entry: u64) -> u64 {
+    if is_access_tracked::<F>(entry) {
+        let kept = saved::<F>() << SAVED_SHIFT;
+        entry & !kept | (entry & kept) >> SAVED_SHIFT
+    } else {
+        entry
+    }
+}
+
+/// The permissions that are kept: all that is taken but W.
+#[inline(always)]
+const fn saved<F: MmuFormat>() -> u64 {
+    F::TRACKED & !F::WRITE
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::format::{Ept, Npt};
+    use alloc::vec::Vec;
     use twofold_arch::ept::{self, EptCaps, EptEntry, EptFlags, MemoryType};
     use twofold_arch::npt::{self, NptCaps, NptEntry, NptFlags};
     use twofold_table::{Entry, Height};
 
-    fn every_leaf() -> impl Iterator<Item = Leaf> {
-        [Level::L4K, Level::L2M, Level::L1G]
-            .into_iter()
-            .flat_map(|level| {
-                (0..4 * 8).map(move |bits| Leaf {
+    const WRITABLE: [Writable; 4] = [
+        Writable::ReadOnly,
+        Writable::Protected,
+        Writable::Logged,
+        Writable::Yes,
+    ];
+    const LEVELS: [Level; 3] = [Level::L4K, Level::L2M, Level::L1G];
+
+    /// Every leaf that is built for a format whose processors may have these kinds of A and D bits.
+    fn every_leaf(kinds: &[AdBits]) -> Vec<Leaf> {
+        let mut leaves = Vec::new();
+        for level in LEVELS {
+            for bits in 0..4 * 8 {
+                leaves.extend(kinds.iter().map(|&ad| Leaf {
                     hpa: Hpa::new(0x0007_ffff_c000_0000 & !(level.bytes() - 1)),
                     level,
-                    writable: [
-                        Writable::ReadOnly,
-                        Writable::Protected,
-                        Writable::Logged,
-                        Writable::Yes,
-                    ][bits & 3],
+                    writable: WRITABLE[bits & 3],
                     executable: bits & 4 != 0,
                     accessed: bits & 8 != 0,
                     private: bits & 16 != 0,
-                })
-            })
+                    ad,
+                }));
+            }
+        }
+        leaves
     }
+
+    const EPT_KINDS: [AdBits; 3] = [AdBits::Hardware, AdBits::Off, AdBits::WriteProtect];
+    const NPT_KINDS: [AdBits; 2] = [AdBits::Hardware, AdBits::WriteProtect];
 
     #[test]
     fn an_intel_processor_reads_from_each_leaf_what_was_meant() {
-        for leaf in every_leaf() {
+        for leaf in every_leaf(&EPT_KINDS) {
             let entry = leaf.encode::<Ept>();
+            let decoded = ept::decode(entry, leaf.level, EptCaps::full(51));
+            if !leaf.accessed && leaf.ad == AdBits::Off {
+                assert!(matches!(
+                    decoded,
+                    EptEntry::NotPresent { flags } if flags.contains(EptFlags::SUPPRESS_VE)
+                ));
+                continue;
+            }
             let EptEntry::Leaf {
                 hpa,
                 memory_type,
                 flags,
-            } = ept::decode(entry, leaf.level, EptCaps::full(51))
+            } = decoded
             else {
                 panic!("{leaf:?}");
             };
+            let has_flags = leaf.ad != AdBits::Off;
             assert_eq!(hpa, leaf.hpa);
             assert_eq!(memory_type, MemoryType::WriteBack);
             assert!(flags.contains(EptFlags::READ | EptFlags::SUPPRESS_VE | EptFlags::IGNORE_PAT));
@@ -165,10 +285,13 @@ mod tests {
             );
             assert_eq!(
                 flags.contains(EptFlags::DIRTY),
-                leaf.writable == Writable::Yes
+                leaf.writable == Writable::Yes && has_flags
             );
             assert_eq!(flags.contains(EptFlags::EXECUTE), leaf.executable);
-            assert_eq!(flags.contains(EptFlags::ACCESSED), leaf.accessed);
+            assert_eq!(
+                flags.contains(EptFlags::ACCESSED),
+                leaf.accessed && has_flags
+            );
             assert_eq!(flags.contains(EptFlags::LARGE), leaf.level != Level::L4K);
             assert!(!flags.contains(EptFlags::SUB_PAGE_WRITE));
         }
@@ -176,7 +299,7 @@ mod tests {
 
     #[test]
     fn an_amd_processor_reads_from_each_leaf_what_was_meant() {
-        for leaf in every_leaf() {
+        for leaf in every_leaf(&NPT_KINDS) {
             let entry = leaf.encode::<Npt>();
             let NptEntry::Leaf { hpa, flags } = npt::decode(entry, leaf.level, NptCaps::full(51))
             else {
@@ -198,14 +321,21 @@ mod tests {
         }
     }
 
-    fn the_engine_and_the_states_agree<F: MmuFormat>() {
-        for leaf in every_leaf() {
-            let entry = leaf.encode::<F>();
+    fn the_engine_and_the_states_agree<F: MmuFormat>(kinds: &[AdBits]) {
+        for leaf in every_leaf(kinds) {
+            let built = leaf.encode::<F>();
             let height = Height::from(leaf.level);
-            assert_eq!(F::decode(entry, height), Entry::Leaf);
-            assert_eq!(F::leaf_address(entry, height), leaf.hpa);
+            assert_eq!(F::decode(built, height), Entry::Leaf);
+            assert_eq!(F::leaf_address(built, height), leaf.hpa);
+            assert_eq!(ad_bits(built), leaf.ad);
+            assert_eq!(built & PRIVATE != 0, leaf.private);
+            assert_eq!(is_young::<F>(built), leaf.accessed);
+            // What an access that only tracking prevents finds.
+            let mut entry = used::<F>(built);
+            if leaf.writable == Writable::Yes {
+                entry = with_write::<F>(entry);
+            }
             assert_eq!(writable::<F>(entry), Some(leaf.writable));
-            assert_eq!(entry & PRIVATE != 0, leaf.private);
             assert!(allows::<F>(entry, Pferr::USER));
             assert_eq!(
                 allows::<F>(entry, Pferr::WRITE),
@@ -222,8 +352,108 @@ mod tests {
 
     #[test]
     fn the_engine_and_the_writable_states_agree_on_every_leaf() {
-        the_engine_and_the_states_agree::<Ept>();
-        the_engine_and_the_states_agree::<Npt>();
+        the_engine_and_the_states_agree::<Ept>(&EPT_KINDS);
+        the_engine_and_the_states_agree::<Npt>(&NPT_KINDS);
+    }
+
+    /// Whatever is done to a leaf, in whatever order, its writable state stays one of the four.
+    fn every_change_keeps_a_legal_state<F: MmuFormat>(kinds: &[AdBits]) {
+        let mut seen = alloc::collections::BTreeSet::new();
+        let mut todo: Vec<(u64, Level)> = every_leaf(kinds)
+            .into_iter()
+            .map(|leaf| (leaf.encode::<F>(), leaf.level))
+            .collect();
+        while let Some((entry, level)) = todo.pop() {
+            if !seen.insert((entry, level.number())) {
+                continue;
+            }
+            let state = writable::<F>(entry);
+            assert!(state.is_some(), "{entry:#x}");
+            let mut next = Vec::from([unused::<F>(entry), used::<F>(entry)]);
+            next.extend([false, true].map(|pml| noticing_writes::<F>(entry, level, pml)));
+            if state == Some(Writable::Logged) && !is_access_tracked::<F>(entry) {
+                next.push(with_write::<F>(entry));
+            }
+            // The processor's part.
+            if entry & F::READ != 0 && ad_bits(entry) != AdBits::Off {
+                next.push(entry | F::ACCESSED);
+                if entry & F::WRITE != 0 {
+                    next.push(entry | F::ACCESSED | F::DIRTY);
+                }
+            }
+            for changed in next {
+                let height = Height::from(level);
+                assert_eq!(F::decode(changed, height), Entry::Leaf);
+                assert_eq!(
+                    F::leaf_address(changed, height),
+                    F::leaf_address(entry, height)
+                );
+                assert_eq!(ad_bits(changed), ad_bits(entry));
+                assert_eq!((changed ^ entry) & PRIVATE, 0);
+                todo.push((changed, level));
+            }
+        }
+    }
+
+    #[test]
+    fn only_the_four_writable_states_ever_appear() {
+        every_change_keeps_a_legal_state::<Ept>(&EPT_KINDS);
+        every_change_keeps_a_legal_state::<Npt>(&NPT_KINDS);
+    }
+
+    #[test]
+    fn access_tracking_takes_every_permission_and_gives_back_all_but_write() {
+        for leaf in every_leaf(&[AdBits::Off])
+            .into_iter()
+            .filter(|leaf| leaf.accessed)
+        {
+            let entry = leaf.encode::<Ept>();
+            let tracked = unused::<Ept>(entry);
+            assert!(is_access_tracked::<Ept>(tracked) && !is_access_tracked::<Ept>(entry));
+            assert!(!is_young::<Ept>(tracked) && is_young::<Ept>(entry));
+            assert_eq!(unused::<Ept>(tracked), tracked, "twice is once");
+            for access in [Pferr::USER, Pferr::WRITE, Pferr::FETCH] {
+                assert!(!allows::<Ept>(tracked, access));
+            }
+            // Bits 54 and 56: SPEC 4.3.
+            assert_eq!(tracked >> 54 & 5, 1 | u64::from(leaf.executable) << 2);
+            assert_eq!(used::<Ept>(tracked), without_write::<Ept>(entry));
+        }
+    }
+
+    #[test]
+    fn a_leaf_with_accessed_bits_only_loses_its_bit() {
+        for leaf in every_leaf(&NPT_KINDS) {
+            let (ept, npt) = (leaf.encode::<Ept>(), leaf.encode::<Npt>());
+            assert_eq!(unused::<Ept>(ept), ept & !Ept::ACCESSED);
+            assert_eq!(unused::<Npt>(npt), npt & !Npt::ACCESSED);
+            assert_eq!((used::<Ept>(ept), used::<Npt>(npt)), (ept, npt));
+        }
+    }
+
+    #[test]
+    fn writes_are_noticed_by_the_log_only_where_it_tells_the_page() {
+        let leaf = |level, ad| Leaf {
+            hpa: Hpa::new(0x4000_0000),
+            level,
+            writable: Writable::Yes,
+            executable: true,
+            accessed: true,
+            private: false,
+            ad,
+        };
+        for (level, ad, pml, by_log) in [
+            (Level::L4K, AdBits::Hardware, true, true),
+            (Level::L4K, AdBits::Hardware, false, false),
+            (Level::L2M, AdBits::Hardware, true, false),
+            (Level::L4K, AdBits::WriteProtect, true, false),
+            (Level::L4K, AdBits::Off, true, false),
+        ] {
+            let entry = leaf(level, ad).encode::<Ept>();
+            let lost = entry ^ noticing_writes::<Ept>(entry, level, pml);
+            let expected = if by_log { Ept::DIRTY } else { Ept::WRITE };
+            assert_eq!(lost, expected, "{level:?} {ad:?}");
+        }
     }
 
     fn impossible_states_are_named<F: MmuFormat>() {
@@ -245,5 +475,7 @@ mod tests {
         assert_eq!((Ept::HOST_WRITABLE, Ept::MMU_WRITABLE), (1 << 57, 1 << 58));
         assert_eq!((Npt::HOST_WRITABLE, Npt::MMU_WRITABLE), (1 << 9, 1 << 10));
         assert_eq!(MMU_PRESENT, 1 << 11);
+        assert_eq!(AdBits::Off as u64, 1);
+        assert_eq!(AdBits::WriteProtect as u64, 2);
     }
 }

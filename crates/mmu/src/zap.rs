@@ -4,7 +4,6 @@ use crate::format::MmuFormat;
 use crate::host::Host;
 use crate::mmu::{Mmu, Writer};
 use crate::root::RootState;
-use crate::spte::{Writable, without_write, writable};
 use crate::sync::atomic::Ordering;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -118,41 +117,6 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             }
             if cursor.table().remove(seen, debt).is_err() {
                 cursor.again();
-            }
-        }
-    }
-
-    /// Takes W from every 4K leaf of `gfns` in every root of the address space, so that the next
-    /// write to each page is noticed, and takes larger leaves out.
-    pub(crate) fn write_protect(
-        &self,
-        writer: &Writer<F>,
-        as_id: u16,
-        gfns: Range<Gfn>,
-        debt: &mut Debt<F>,
-    ) {
-        let range = gfns.start.address()..gfns.end.address();
-        for root in writer
-            .roots
-            .iter()
-            .filter(|root| root.role.as_id() == as_id)
-        {
-            let mut cursor = Cursor::new(self.table_locked(root.table, writer), range.clone());
-            while let Some(seen) = cursor.next() {
-                if seen.entry::<F>() != Entry::Leaf {
-                    continue;
-                }
-                let table = cursor.table();
-                let done = if seen.place().height() > Height::LEAF {
-                    table.remove(seen, debt)
-                } else if writable::<F>(seen.value()) == Some(Writable::Yes) {
-                    table.shrink(seen, without_write::<F>(seen.value()), debt)
-                } else {
-                    Ok(())
-                };
-                if done.is_err() {
-                    cursor.again();
-                }
             }
         }
     }

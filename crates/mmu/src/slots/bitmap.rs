@@ -31,6 +31,17 @@ impl DirtyBitmap {
         })
     }
 
+    /// A bitmap in which every page is dirty, or `None` without memory for it.
+    pub(crate) fn all_dirty(pages: u64) -> Option<Self> {
+        let bitmap = Self::new(pages)?;
+        for (number, word) in bitmap.words.iter().enumerate() {
+            let rest = pages - 64 * number as u64;
+            let bits = if rest < 64 { (1 << rest) - 1 } else { u64::MAX };
+            word.store(bits, Ordering::Relaxed);
+        }
+        Some(bitmap)
+    }
+
     /// Marks the page with this number in the slot. A page that is dirty already costs one load.
     #[inline]
     pub(crate) fn mark(&self, page: u64) {
@@ -52,6 +63,25 @@ impl DirtyBitmap {
     /// Words of 64 pages, rounded up.
     pub(crate) fn words(&self) -> usize {
         self.words.len()
+    }
+
+    /// The bits of one word.
+    #[inline]
+    pub(crate) fn get(&self, word: usize) -> u64 {
+        self.words
+            .get(word)
+            .map_or(0, |bits| bits.load(Ordering::Acquire))
+    }
+
+    /// Takes those bits of one word that are in `mask`.
+    #[inline]
+    pub(crate) fn take_masked(&self, word: usize, mask: u64) -> u64 {
+        match self.words.get(word) {
+            Some(bits) if bits.load(Ordering::Acquire) & mask != 0 => {
+                bits.fetch_and(!mask, Ordering::AcqRel) & mask
+            }
+            _ => 0,
+        }
     }
 
     /// Takes the bits of one word and leaves it clean.
@@ -81,5 +111,28 @@ mod tests {
             [1 << 63 | 1, 1, 2, 0]
         );
         assert_eq!([0, 1, 2].map(|word| bitmap.take(word)), [0, 0, 0]);
+    }
+
+    #[test]
+    fn a_bitmap_that_begins_dirty_has_a_bit_for_each_page_and_no_more() {
+        for pages in [1, 63, 64, 65, 128, 130] {
+            let bitmap = DirtyBitmap::all_dirty(pages).unwrap();
+            let bits: u32 = (0..4).map(|word| bitmap.get(word).count_ones()).sum();
+            assert_eq!(u64::from(bits), pages);
+            let last = (pages - 1) as usize;
+            assert_eq!(bitmap.get(last / 64) >> (last % 64), 1);
+        }
+    }
+
+    #[test]
+    fn only_bits_that_are_named_and_set_are_taken() {
+        let bitmap = DirtyBitmap::new(64).unwrap();
+        for page in [1, 2, 5] {
+            bitmap.mark(page);
+        }
+        assert_eq!(bitmap.take_masked(0, 0b1100), 0b100);
+        assert_eq!(bitmap.take_masked(0, 0b1100), 0);
+        assert_eq!(bitmap.take_masked(1, u64::MAX), 0);
+        assert_eq!(bitmap.get(0), 0b10_0010);
     }
 }

@@ -14,6 +14,7 @@ pub(crate) use by_hva::HvaIndex;
 pub(crate) use tree::{SlotHint, SlotTree};
 
 use crate::garbage::Garbage;
+use crate::reader::ReaderState;
 use crate::region::{ADDRESS_SPACES, RegionFlags};
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use twofold_arch::Gfn;
@@ -50,6 +51,11 @@ impl SlotInfo {
     #[inline(always)]
     pub const fn contains(&self, gfn: Gfn) -> bool {
         gfn.get().wrapping_sub(self.base.get()) < self.pages
+    }
+
+    /// Slot id in bits 15:0, address space in bits 31:16.
+    pub(crate) const fn name(&self) -> u32 {
+        (self.as_id as u32) << 16 | self.id as u32
     }
 
     /// The first frame after the slot.
@@ -92,11 +98,25 @@ impl Slot {
             .is_none_or(|dirty| dirty.is_marked(gfn.get().wrapping_sub(self.info.base.get())))
     }
 
-    /// Marks `gfn`, which is in the slot, dirty if the slot logs.
+    /// Marks `gfn`, which is in the slot, dirty if the slot logs: in the ring of `reader` if it has
+    /// one, else in the slot's bitmap. Returns false if the ring is full: then the page must not
+    /// become writable.
+    ///
+    /// Whoever makes the page writable calls this before, in the same read section.
     #[inline(always)]
-    pub(crate) fn mark_dirty(&self, gfn: Gfn) {
-        if let Some(dirty) = &self.dirty {
-            dirty.mark(gfn.get().wrapping_sub(self.info.base.get()));
+    #[must_use]
+    pub(crate) fn mark_dirty(&self, gfn: Gfn, reader: &ReaderState) -> bool {
+        if !self.info.flags.contains(RegionFlags::LOG_DIRTY) {
+            return true;
+        }
+        let page = gfn.get().wrapping_sub(self.info.base.get());
+        match (reader.ring(), &self.dirty) {
+            (Some(ring), _) => ring.push(self.info.name(), page),
+            (None, Some(dirty)) => {
+                dirty.mark(page);
+                true
+            }
+            (None, None) => true,
         }
     }
 }
