@@ -1,5 +1,6 @@
 //! Control and debug registers.
 
+use crate::breakpoints::{dr6, dr7};
 use crate::core_state::{Core, seg};
 use crate::form::{Form, Kind};
 use crate::mode::Mode;
@@ -137,6 +138,9 @@ impl Core {
             return Err(self.general_protection(0));
         }
         self.cr4 = value;
+        if changed & cr4::DE != 0 {
+            self.update_breakpoints();
+        }
         if changed & (cr4::PSE | cr4::PAE | cr4::PGE | cr4::SMEP | cr4::SMAP | cr4::LA57) != 0 {
             self.flush_tlb();
         }
@@ -218,18 +222,20 @@ fn load_status_word(core: &mut Core, value: u16) -> Result<(), Trap> {
 }
 
 /// DR4 and DR5 are DR6 and DR7 unless CR4.DE says that they are not there.
-fn debug_register(core: &mut Core, number: u8) -> Result<u8, Trap> {
+fn debug_register(core: &mut Core, ip: u64, number: u8) -> Result<u8, Trap> {
     core.require_ring_0()?;
-    match number {
-        4 | 5 if core.cr4 & cr4::DE != 0 => Err(core.invalid_opcode()),
-        4 | 5 => Ok(number + 2),
-        0..=7 => Ok(number),
-        _ => Err(core.invalid_opcode()),
-    }
+    let number = match number {
+        4 | 5 if core.cr4 & cr4::DE != 0 => return Err(core.invalid_opcode()),
+        4 | 5 => number + 2,
+        0..=7 => number,
+        _ => return Err(core.invalid_opcode()),
+    };
+    core.general_detect(ip)?;
+    Ok(number)
 }
 
 fn read_debug(core: &mut Core, op: &Op) -> Result<(), Trap> {
-    let value = match debug_register(core, op.src)? {
+    let value = match debug_register(core, op.ip, op.src)? {
         6 => core.debug.dr6,
         7 => core.debug.dr7,
         number => core.debug.db[usize::from(number & 3)],
@@ -239,13 +245,14 @@ fn read_debug(core: &mut Core, op: &Op) -> Result<(), Trap> {
 }
 
 fn write_debug(core: &mut Core, op: &Op) -> Result<(), Trap> {
-    let number = debug_register(core, op.dst)?;
+    let number = debug_register(core, op.ip, op.dst)?;
     let value = read_wide(core, op.src);
     match number {
         6 | 7 if value >> 32 != 0 => return Err(core.general_protection(0)),
-        6 => core.debug.dr6 = value & 0x1_e00f | 0xfffe_0ff0,
-        7 => core.debug.dr7 = value & 0xffff_2bff | 0x400,
+        6 => core.debug.dr6 = value & dr6::WRITABLE | dr6::ONES,
+        7 => core.debug.dr7 = value & dr7::WRITABLE | dr7::ONES,
         number => core.debug.db[usize::from(number & 3)] = value,
     }
+    core.update_breakpoints();
     Ok(())
 }

@@ -3,6 +3,7 @@
 //! [`Core`] is the processor without its block cache. The two are apart so that a block can be
 //! executed while it is borrowed from the cache.
 
+use crate::breakpoints::Breakpoints;
 use crate::flags::Flags;
 use crate::line::Line;
 use crate::machine::Machine;
@@ -117,6 +118,10 @@ pub(crate) struct Core {
     pub(crate) shadow_running: bool,
     /// RFLAGS.TF was set when the current instruction began.
     pub(crate) step_trap: bool,
+    /// RFLAGS.RF was set when the current instruction began: it is cleared once that completes.
+    pub(crate) resume_running: bool,
+    /// RIP is at a repeated string instruction that has done some of its iterations.
+    pub(crate) iterating: bool,
     /// Data accesses are made with user rights (CPL is 3).
     pub(crate) user: bool,
     /// Base of each segment as data accesses use it; the entries beyond GS are zero, so that
@@ -165,6 +170,8 @@ pub(crate) struct Core {
     pub(crate) events: Events,
     /// The hypervisor wants to know when an interrupt can be delivered.
     pub(crate) window_requested: bool,
+    /// The breakpoints that the debug registers arm.
+    pub(crate) breakpoints: Breakpoints,
     /// What the hypervisor wants to see of debug events.
     pub(crate) debug_control: DebugControl,
     /// The instruction that waits for the hypervisor, and the RIP at which it does.

@@ -1,6 +1,7 @@
 //! A virtual processor as the hypervisor sees it: state in and out, answers to exits, and running.
 
 use crate::blocks::BlockCache;
+use crate::breakpoints::Breakpoints;
 use crate::core_state::{Core, Pending, Vectors, Window, X87, slot};
 use crate::flags::Flags;
 use crate::line::Line;
@@ -49,6 +50,8 @@ impl Cpu {
             single_once: false,
             shadow_running: false,
             step_trap: false,
+            resume_running: false,
+            iterating: false,
             user: false,
             seg_base: [0; 8],
             readable: [Window {
@@ -96,6 +99,7 @@ impl Cpu {
             msrs: Msrs::default(),
             events: Events::default(),
             window_requested: false,
+            breakpoints: Breakpoints::default(),
             debug_control: DebugControl::default(),
             pending: Pending::None,
             pending_rip: 0,
@@ -190,6 +194,11 @@ impl Cpu {
     pub fn set_registers(&mut self, registers: &Registers) {
         let core = &mut self.core;
         core.regs[..16].copy_from_slice(&registers.gpr);
+        if core.rip != registers.rip {
+            // What the instruction before left to be reported belongs to where it was.
+            core.breakpoints.pending = 0;
+            core.iterating = false;
+        }
         core.rip = registers.rip;
         core.flags.set_image(registers.rflags);
         core.events.exception = None;
@@ -242,7 +251,8 @@ impl Cpu {
             core.flush_tlb();
         }
         core.cpl = system.ss.dpl & 3;
-        core.update_mode();
+        // Also updates the mode.
+        core.update_breakpoints();
     }
 
     /// Debug registers.
@@ -253,7 +263,7 @@ impl Cpu {
     /// Replaces the debug registers.
     pub fn set_debug_registers(&mut self, debug: &DebugRegisters) {
         self.core.debug = *debug;
-        self.core.update_mode();
+        self.core.update_breakpoints();
     }
 
     /// x87 and SSE state.
@@ -316,8 +326,13 @@ impl Cpu {
 
     /// Chooses which debug events leave the processor.
     pub fn set_debug_control(&mut self, control: &DebugControl) {
+        let outside = self.core.debugged_from_outside();
         self.core.debug_control = *control;
-        self.core.update_mode();
+        if outside && !self.core.debugged_from_outside() {
+            // What was to be reported to the hypervisor is not the guest's.
+            self.core.breakpoints.pending = 0;
+        }
+        self.core.update_breakpoints();
     }
 
     /// Replaces the CPUID table.

@@ -1,6 +1,7 @@
 //! Exceptions and interrupts: through the IDT in long and protected mode, through the vector table
 //! in real mode.
 
+use crate::breakpoints::{dr6, dr7};
 use crate::core_state::{Core, seg};
 use crate::form::Form;
 use crate::mode::Mode;
@@ -20,7 +21,7 @@ pub(crate) fn select(form: &Form) -> Option<Handler> {
                     exception: vector::BP,
                     pc: core.code_linear(op.ip),
                     dr6: core.debug.dr6,
-                    dr7: core.debug.dr7,
+                    dr7: core.effective_dr7(),
                 }));
             }
             software_interrupt(core, op, vector::BP)
@@ -33,6 +34,9 @@ pub(crate) fn select(form: &Form) -> Option<Handler> {
             }
         },
         M::Int1 => |core, op| {
+            if core.debugged_from_outside() {
+                return Err(core.leave(core.debug_exit(op.ip, 0)));
+            }
             let after = op.next_ip();
             deliver_and_go(core, vector::DB, None, Source::Hardware, after)
         },
@@ -94,7 +98,7 @@ impl Core {
         events.exception.is_some()
             || events.nmi_injected
             || events.interrupt.is_some()
-            || (events.nmi_pending && !events.nmi_masked)
+            || (events.nmi_pending && !events.nmi_masked && !self.debug_control.block_interrupts)
     }
 
     /// Delivers the event that waits, the most urgent first. Returns why the hypervisor has to act
@@ -107,7 +111,11 @@ impl Core {
             }
             return exit;
         }
-        if self.events.nmi_pending && !self.events.nmi_masked && !self.events.mov_ss_shadow {
+        if self.events.nmi_pending
+            && !self.events.nmi_masked
+            && !self.events.mov_ss_shadow
+            && !self.debug_control.block_interrupts
+        {
             self.events.nmi_pending = false;
             self.events.nmi_injected = true;
         }
@@ -169,9 +177,9 @@ impl Core {
             }
             if current.vector == vector::DB {
                 let payload = current.payload.unwrap_or(0);
-                self.debug.dr6 = self.debug.dr6 & !0xf | payload;
+                self.debug.dr6 = self.debug.dr6 & !dr6::MATCHED | payload;
                 // General detect is off while the handler runs.
-                self.debug.dr7 &= !(1 << 13);
+                self.debug.dr7 &= !dr7::GD;
             }
             let error_code = if self.real_mode() {
                 None
@@ -211,12 +219,34 @@ impl Core {
     /// Delivers one event at RIP. On a trap nothing but memory below the new stack pointer has
     /// changed.
     fn deliver(&mut self, vector: u8, error_code: Option<u32>, source: Source) -> Result<(), Trap> {
-        if self.real_mode() {
+        let pending = self.breakpoints.pending;
+        let result = if self.real_mode() {
             self.deliver_real(vector)
         } else if self.long_mode() {
             self.deliver_long(vector, error_code, source)
         } else {
             self.deliver_protected(vector, error_code, source)
+        };
+        // Writing the frame matches no breakpoint; the event takes the place of a single step.
+        self.breakpoints.pending = pending;
+        if result.is_ok() {
+            self.step_trap = false;
+            self.iterating = false;
+        }
+        result
+    }
+
+    /// The flags that an event's frame holds. RF is set for faults other than debug exceptions and
+    /// between the iterations of a repeated instruction (SDM Vol. 3, "Instruction-Breakpoint
+    /// Exception Condition").
+    fn saved_flags(&self, vector: u8, source: Source) -> u64 {
+        let fault = source == Source::Hardware && is_fault(vector);
+        if fault || self.iterating {
+            self.flags.image() | rflags::RF
+        } else if source == Source::Software {
+            self.flags.image() & !rflags::RF
+        } else {
+            self.flags.image()
         }
     }
 
@@ -316,10 +346,7 @@ impl Core {
         if !self.is_canonical(target) {
             return Err(self.gate_fault(vector::GP, 0, source));
         }
-        let mut image = self.flags.image();
-        if source == Source::Hardware && is_fault(vector) {
-            image |= rflags::RF;
-        }
+        let image = self.saved_flags(vector, source);
         let old_stack = if self.mode.has(Mode::CODE64) {
             self.regs[gpr::RSP]
         } else {
@@ -432,10 +459,7 @@ impl Core {
         }
         let inner = !descriptor.is_conforming() && descriptor.dpl() < self.cpl;
         let cpl = if inner { descriptor.dpl() } else { self.cpl };
-        let mut image = self.flags.image();
-        if source == Source::Hardware && is_fault(vector) {
-            image |= rflags::RF;
-        }
+        let image = self.saved_flags(vector, source);
         let old = [
             u64::from(self.segment[usize::from(seg::SS)].selector),
             self.regs[gpr::RSP],

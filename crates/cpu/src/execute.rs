@@ -1,17 +1,13 @@
 //! The loop that runs blocks, and what happens between them.
 
 use crate::blocks::{Block, BlockCache};
+use crate::breakpoints::{debug_exception, dr6};
 use crate::core_state::{Core, Pending, slot};
 use crate::decode;
 use crate::mode::Mode;
 use crate::op::Op;
 use crate::state::rflags;
-use crate::trap::{Exception, Exit, Trap, vector};
-
-/// DR6.BS: the debug exception is a single step.
-const DR6_SINGLE_STEP: u64 = 1 << 14;
-/// DR6 with no condition noted: the reserved bits that read as one.
-pub(crate) const DR6_RESERVED_ONES: u64 = 0xffff_0ff0;
+use crate::trap::{Exit, Trap, vector};
 
 /// Why the loop over blocks came to a halt.
 enum Pause<'a> {
@@ -180,9 +176,13 @@ impl Core {
                 return Some(exit);
             }
         }
+        if let Some(exit) = self.debug_trap() {
+            return Some(exit);
+        }
         let kicked = self.line.asked() && self.serve_requests();
         if self.completing {
             // An instruction that waits for an answer comes first, even if the line was kicked.
+            self.resume_running = self.flags.system() & rflags::RF != 0;
             self.alone = true;
             self.set_single(true);
             return None;
@@ -190,19 +190,38 @@ impl Core {
         if kicked {
             return Some(Exit::Kicked);
         }
-        if let Some(exit) = self.deliver_pending_event() {
-            return Some(exit);
-        }
-        if self.window_requested && self.interrupt_window_open() {
-            return Some(Exit::InterruptWindow);
-        }
+        let resume = loop {
+            if let Some(exit) = self.deliver_pending_event() {
+                return Some(exit);
+            }
+            if self.window_requested && self.interrupt_window_open() {
+                return Some(Exit::InterruptWindow);
+            }
+            let resume = self.flags.system() & rflags::RF != 0;
+            if !self.breakpoints.on_code || resume || self.iterating {
+                break resume;
+            }
+            match self.matches_instruction() {
+                0 => break resume,
+                bits if self.debugged_from_outside() => {
+                    return Some(self.debug_exit(self.rip, bits));
+                }
+                bits => self.events.exception = Some(debug_exception(bits)),
+            }
+        };
+        self.iterating = false;
         let shadow = self.events.sti_shadow || self.events.mov_ss_shadow;
         self.shadow_running = shadow;
+        self.resume_running = resume;
         let stepping = self.debug_control.single_step || self.flags.system() & rflags::TF != 0;
         self.step_trap = self.flags.system() & rflags::TF != 0;
-        self.alone = shadow || stepping;
-        self.set_single(shadow);
-        self.attention = self.alone || self.window_requested || self.has_pending_event();
+        self.alone = shadow || stepping || resume;
+        self.set_single(shadow || resume);
+        self.attention = self.alone
+            || self.window_requested
+            || self.breakpoints.on_code
+            || self.breakpoints.pending != 0
+            || self.has_pending_event();
         None
     }
 
@@ -210,41 +229,21 @@ impl Core {
     fn after_single(&mut self) -> Option<Exit> {
         self.completing = false;
         self.mmio_retire();
+        if self.resume_running && !self.iterating {
+            self.flags.set_system(self.flags.system() & !rflags::RF);
+        }
+        self.resume_running = false;
+        if self.debug_control.single_step || self.step_trap {
+            self.breakpoints.pending |= dr6::BS;
+        }
+        self.step_trap = false;
         if self.shadow_running {
             self.events.sti_shadow = false;
             self.events.mov_ss_shadow = false;
             self.shadow_running = false;
         }
         self.set_single(false);
-        if let Some(exit) = self.mmio_deliver() {
-            return Some(exit);
-        }
-        if self.debug_control.single_step {
-            self.step_trap = false;
-            return Some(self.debug_exit(DR6_SINGLE_STEP));
-        }
-        if self.step_trap && !self.events.mov_ss_shadow {
-            self.events.exception = Some(Exception {
-                vector: vector::DB,
-                error_code: None,
-                payload: Some(DR6_SINGLE_STEP),
-            });
-        }
-        self.step_trap = false;
-        None
-    }
-
-    /// The exit that tells the hypervisor of a debug event that it asked for.
-    pub(crate) fn debug_exit(&self, dr6: u64) -> Exit {
-        Exit::Debug {
-            exception: vector::DB,
-            pc: self.code_linear(self.rip),
-            dr6: DR6_RESERVED_ONES | dr6,
-            dr7: self
-                .debug_control
-                .hardware_breakpoints
-                .map_or(0x400, |(_, dr7)| dr7),
-        }
+        self.mmio_deliver()
     }
 
     /// Deals with a trap. RIP is at the instruction that trapped; `bytes` begin with it.
@@ -254,10 +253,11 @@ impl Core {
         match trap {
             Trap::Again => {
                 // One iteration of a repeated string instruction counts as run alone.
-                self.attention = true;
-                None
+                self.iterating = true;
+                self.boundary()
             }
             Trap::Exit => {
+                self.breakpoints.pending = 0;
                 if self.alone {
                     self.alone = false;
                     self.set_single(false);
@@ -281,6 +281,7 @@ impl Core {
                 Some(exit)
             }
             Trap::Exception => {
+                self.breakpoints.pending = 0;
                 let mut exception = self.fault;
                 if let Some(address) = self.mem.not_canonical.take()
                     && op.is_some_and(|op| self.faulted_on_stack(op, address))
@@ -292,8 +293,7 @@ impl Core {
                     self.completing = false;
                     self.set_single(false);
                 }
-                self.attention = true;
-                self.deliver_fault(exception)
+                self.deliver_fault(exception).or_else(|| self.boundary())
             }
         }
     }
@@ -313,7 +313,10 @@ impl Core {
 
     /// Whether blocks of single instructions are asked for by anything but the guest's state.
     pub(crate) fn wants_single(&self) -> bool {
-        self.single_once || self.debug_control.single_step || self.flags.system() & rflags::TF != 0
+        self.single_once
+            || self.debug_control.single_step
+            || self.breakpoints.on_code
+            || self.flags.system() & rflags::TF != 0
     }
 
     /// Recomputes [`Core::context`] after the mode or CS changed.

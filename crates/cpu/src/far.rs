@@ -251,8 +251,7 @@ fn outer_stack(
     Ok(descriptor.segment(selector))
 }
 
-/// The flags that IRET and POPF may change with an operand of `T`. RF, which only suppresses
-/// instruction breakpoints, is not kept.
+/// The flags that IRET and POPF may change with an operand of `T`. IRET also loads RF.
 pub(crate) fn changeable_flags<T: Int>(core: &Core) -> u64 {
     let mut mask =
         rflags::ARITHMETIC | rflags::TF | rflags::DF | rflags::NT | rflags::AC | rflags::ID;
@@ -267,6 +266,7 @@ pub(crate) fn changeable_flags<T: Int>(core: &Core) -> u64 {
 }
 
 fn interrupt_return<T: Int>(core: &mut Core, _op: &Op) -> Result<(), Trap> {
+    let loads_resume = if T::BITS == 16 { 0 } else { rflags::RF };
     let ip = core.peek::<T>(0)?.zero_extend();
     let selector = core.peek::<T>(T::BYTES)?.zero_extend() as u16;
     let image = core.peek::<T>(2 * T::BYTES)?.zero_extend();
@@ -277,7 +277,7 @@ fn interrupt_return<T: Int>(core: &mut Core, _op: &Op) -> Result<(), Trap> {
         if ip > u64::from(core.segment[usize::from(seg::CS)].limit) {
             return Err(core.general_protection(0));
         }
-        let mask = changeable_flags::<T>(core);
+        let mask = changeable_flags::<T>(core) | loads_resume;
         core.drop_stack(3 * T::BYTES);
         core.flags
             .set_image(core.flags.image() & !mask | image & mask);
@@ -297,7 +297,7 @@ fn interrupt_return<T: Int>(core: &mut Core, _op: &Op) -> Result<(), Trap> {
     if !core.long_mode() && image & rflags::VM != 0 && core.cpl == 0 && T::BITS == 32 {
         return Err(core.unsupported());
     }
-    let mask = changeable_flags::<T>(core);
+    let mask = changeable_flags::<T>(core) | loads_resume;
     let (descriptor, cpl) = core.code_descriptor(selector, true)?;
     if cpl == core.cpl && !core.mode.has(Mode::CODE64) {
         core.enter_code(descriptor, selector, cpl, ip)?;
@@ -326,6 +326,8 @@ impl Core {
     /// IRET has completed: NMIs are unblocked, and the flags may ask for something.
     fn after_interrupt_return(&mut self) {
         self.events.nmi_masked = false;
+        // RF, if it was loaded, is for the next instruction.
+        self.resume_running = false;
         self.attention = true;
         self.update_mode();
     }

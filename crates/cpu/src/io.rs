@@ -86,6 +86,7 @@ impl Core {
 
     /// Leaves for port I/O of the instruction at `op`.
     fn leave_for_io(&mut self, op: &Op, size: u64, write: bool, count: u32, port: u16) -> Trap {
+        self.note_port_access(port, size);
         self.pending_rip = op.ip;
         self.pending = if write {
             Pending::Out {
@@ -131,6 +132,7 @@ impl Core {
             }
             _ => return false,
         }
+        self.port_access_done();
         self.counters.instructions += 1;
         true
     }
@@ -183,6 +185,7 @@ fn input_string<T: Int>(core: &mut Core, op: &Op) -> Result<(), Trap> {
     if let Pending::InReady { count, .. } = core.pending {
         consume_input::<T>(core, op, u64::from(count))?;
         core.pending = Pending::None;
+        core.port_access_done();
         if op.repeat == 0 || core.repeat_count(op) == 0 {
             return Ok(());
         }
@@ -231,6 +234,7 @@ fn output_string<T: Int>(core: &mut Core, op: &Op) -> Result<(), Trap> {
     let step = core.string_step(T::BYTES);
     if let Pending::Out { count, .. } = core.pending {
         core.pending = Pending::None;
+        core.port_access_done();
         if op.repeat == 0 {
             core.advance(op, gpr::RSI, step);
             return Ok(());

@@ -16,7 +16,7 @@
 //! hypervisor's side. What an instruction computes is in `alu`, `shifts`, `muldiv`, `bits` and
 //! `sse` as functions over plain values; `integer`, `stack`, `control`, `strings` and `io` fetch
 //! their operands and store their results. `segments`, `far` and `events` know descriptors, far
-//! transfers, exceptions and interrupts; `control_registers`, `msr`, `tables`, `syscall`,
+//! transfers, exceptions and interrupts; `breakpoints` the debug registers; `control_registers`, `msr`, `tables`, `syscall`,
 //! `system_flags`, `system` and `cpuid` are the system instructions. `memory` translates and
 //! accesses.
 
@@ -24,6 +24,7 @@ mod alu;
 mod barrier;
 mod bits;
 mod blocks;
+mod breakpoints;
 mod control;
 mod control_registers;
 mod core_state;

@@ -393,12 +393,16 @@ pub struct Events {
 /// What the hypervisor wants to see of debug events (`KVM_SET_GUEST_DEBUG`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct DebugControl {
-    /// Leave with [`Exit::Debug`](crate::Exit::Debug) after each instruction.
+    /// Leave with [`Exit::Debug`](crate::Exit::Debug) after each instruction, and instead of
+    /// delivering any other debug exception.
     pub single_step: bool,
     /// Leave with [`Exit::Debug`](crate::Exit::Debug) at INT3 instead of delivering #BP.
     pub software_breakpoints: bool,
     /// Use these DR0 to DR3 and DR7 instead of the guest's, and leave when one matches.
     pub hardware_breakpoints: Option<([u64; 4], u64)>,
+    /// Deliver no NMI that waits (`KVM_GUESTDBG_BLOCKIRQ`). Interrupts that were injected are
+    /// delivered.
+    pub block_interrupts: bool,
 }
 
 /// One entry of the CPUID table.

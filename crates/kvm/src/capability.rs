@@ -26,7 +26,8 @@ pub const GUEST_DEBUG_BITS: u32 = kvm::KVM_GUESTDBG_ENABLE
     | kvm::KVM_GUESTDBG_USE_SW_BP
     | kvm::KVM_GUESTDBG_USE_HW_BP
     | kvm::KVM_GUESTDBG_INJECT_DB
-    | kvm::KVM_GUESTDBG_INJECT_BP;
+    | kvm::KVM_GUESTDBG_INJECT_BP
+    | kvm::KVM_GUESTDBG_BLOCKIRQ;
 
 /// A capability, with what it answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -159,6 +159,7 @@ impl Core {
     #[cold]
     #[inline(never)]
     fn load_slow<T: Datum>(&mut self, linear: u64, set: Set) -> Result<T, Trap> {
+        self.note_access(linear, T::SIZE as u64, false);
         if (linear & !PAGE_MASK) + T::SIZE as u64 <= 1 << super::PAGE_SHIFT {
             let target = self.translate_data(linear, false, set)?;
             if let Place::Host(place) = target.place {
@@ -175,6 +176,7 @@ impl Core {
     #[cold]
     #[inline(never)]
     fn store_slow<T: Datum>(&mut self, linear: u64, value: T, set: Set) -> Result<(), Trap> {
+        self.note_access(linear, T::SIZE as u64, true);
         if (linear & !PAGE_MASK) + T::SIZE as u64 <= 1 << super::PAGE_SHIFT {
             let target = self.translate_data(linear, true, set)?;
             return match target.place {
@@ -200,6 +202,7 @@ impl Core {
         locked: bool,
         change: &dyn Fn(T) -> T,
     ) -> Result<(T, T), Trap> {
+        self.note_access(linear, T::SIZE as u64, true);
         let set = self.data_set();
         if (linear & !PAGE_MASK) + T::SIZE as u64 <= 1 << super::PAGE_SHIFT {
             let target = self.translate_data(linear, true, set)?;

@@ -408,8 +408,10 @@ impl Core {
         let host = self.machine.host(page.hpa);
         let code = self.machine.code().contains(page.hpa);
         let allowed = Allowed {
-            read: page.rights.contains(Rights::READ),
+            read: page.rights.contains(Rights::READ)
+                && !self.breakpoints.watches_page(linear, false),
             write: !code
+                && !self.breakpoints.watches_page(linear, true)
                 && mapping.dirty
                 && page.dirty
                 && page.rights.contains(Rights::WRITE)

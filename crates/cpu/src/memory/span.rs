@@ -101,13 +101,16 @@ impl Core {
         }
     }
 
-    /// Where a byte of plain memory is. `None` if its page is emulated or, to write it, holds
-    /// code.
+    /// Where a byte of plain memory is. `None` if its page is emulated or has a breakpoint or, to
+    /// write it, holds code.
     fn plain(&mut self, linear: u64, write: bool) -> Result<Option<usize>, Trap> {
         let entry = self.mem.tlb.entry(self.mem.data_base, linear);
         let cached = if write { entry.write } else { entry.read };
         if cached == tag(linear, 1) {
             return Ok(Some(linear.wrapping_add(entry.addend) as usize));
+        }
+        if self.breakpoints.watches_page(linear, write) {
+            return Ok(None);
         }
         let set: Set = self.data_set();
         let Target { place, code } = self.translate_data(linear, write, set)?;

@@ -1,6 +1,7 @@
 //! Small guests run through the public interface.
 
 mod code;
+mod debug;
 mod events;
 mod exits;
 mod guest;
