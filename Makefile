@@ -2,10 +2,10 @@
 
 CARGO ?= cargo
 
-.PHONY: help build run test check unit interleavings conformance bench fuzz verify-cpu clean
+.PHONY: help build run test check unit interleavings conformance bench bench-instructions fuzz verify-cpu clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## build the command and libtwofold.so in release mode
 	$(CARGO) build --release --quiet -p twofold -p twofold-preload -p hello
@@ -35,9 +35,15 @@ conformance: build ## KVM's own selftests and the tests of kvm-ioctls, unmodifie
 	conformance/selfcheck.sh
 	conformance/run.sh --if-available
 
-bench: build ## figures beside what they are compared with
+bench: build ## figures beside what they are compared with; BENCH=--markdown for the documentation
 	$(CARGO) build --release --quiet -p twofold-bench
-	target/release/twofold-bench
+	target/release/twofold-bench $(BENCH)
+
+bench-instructions: ## instructions instead of time: the same figures on a busy machine
+	@command -v valgrind >/dev/null || apt-get install --yes valgrind || \
+		{ echo "bench-instructions: install valgrind and try again" >&2; exit 1; }
+	$(CARGO) build --release --quiet -p twofold-bench
+	target/release/twofold-bench --instructions $(BENCH)
 
 fuzz: ## random ioctl sequences, many of them
 	TWOFOLD_FUZZ_CASES=20000 $(CARGO) test --release -p twofold-kvm --test fuzz

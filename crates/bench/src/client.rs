@@ -1,5 +1,6 @@
 //! Runs `kvm-client` under Twofold, and on the machine's own KVM where there is one.
 
+use crate::measure::{Comparison, Meter, Samples};
 use crate::report::{Reach, Row};
 use anyhow::{Context, Result, ensure};
 use std::collections::HashMap;
@@ -37,8 +38,12 @@ fn beside_this_program(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// The rows about what a KVM program sees.
-pub(crate) fn rows() -> Result<Vec<Row>> {
+/// The rows about what a KVM program sees. Their instructions are not counted: two processes and
+/// a kernel take part.
+pub(crate) fn rows(meter: Meter) -> Result<Vec<Row>> {
+    if meter == Meter::Instructions {
+        return Ok(Vec::new());
+    }
     let client = beside_this_program("kvm-client")?;
     let twofold = beside_this_program("twofold")?;
     let ours = run(Command::new(twofold).args(["run", "--"]).arg(&client))?;
@@ -50,16 +55,20 @@ pub(crate) fn rows() -> Result<Vec<Row>> {
             .unwrap_or_default(),
         false => Figures::new(),
     };
-    let row = |what, name: &str, scale: f64, unit, reach| Row {
-        what,
-        ours: ours.get(name).map_or(f64::NAN, |figure| figure * scale),
-        unit,
-        reach,
-        compared: kernel
-            .get(name)
-            .map(|figure| ("this machine's /dev/kvm".to_owned(), figure * scale))
-            .into_iter()
-            .collect(),
+    let row = |what, name: &str, scale: f64, unit, reach, obstacle| {
+        let figure =
+            |figures: &Figures| figures.get(name).map(|figure| Samples::one(figure * scale));
+        let mut comparison = Comparison::of(figure(&ours).unwrap_or(Samples::one(f64::NAN)));
+        comparison
+            .peers
+            .extend(figure(&kernel).map(|figure| ("this machine's /dev/kvm", figure)));
+        Row {
+            what,
+            unit,
+            reach,
+            figures: comparison,
+            obstacle,
+        }
     };
     Ok(vec![
         row(
@@ -68,6 +77,7 @@ pub(crate) fn rows() -> Result<Vec<Row>> {
             1e-3,
             "µs",
             Reach::AtMost(0.12),
+            "the way from the instruction to the program and back",
         ),
         row(
             "second-stage fault, 4K, store to guest resumed",
@@ -75,6 +85,7 @@ pub(crate) fn rows() -> Result<Vec<Row>> {
             1e-3,
             "µs",
             Reach::AtMost(1.0),
+            "host memory is asked for page by page",
         ),
         row(
             "slot add and delete, 32,764 slots, by ioctl",
@@ -82,6 +93,7 @@ pub(crate) fn rows() -> Result<Vec<Row>> {
             1.0,
             "ns",
             Reach::AtMost(1000.0),
+            "deleting a slot waits for every thread of the guest",
         ),
     ])
 }

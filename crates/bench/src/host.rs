@@ -1,54 +1,46 @@
 //! A host for the MMU whose every service is as cheap as can be, so that what is measured is the
-//! MMU: table pages come from an arena that is there already, guest pages are always present.
+//! MMU: table pages come from the warm pool, guest pages are always present.
 //!
-//! UNSAFETY: the arena's pages are handed out as raw memory, as `twofold_mmu::Host` requires.
+//! UNSAFETY: pages are handed out as raw memory, as `twofold_mmu::Host` requires.
 #![expect(unsafe_code)]
 
+use crate::pool;
 use std::ptr::NonNull;
 use std::sync::Mutex;
 use std::sync::atomic::{Ordering, fence};
-use twofold_arch::{Hpa, Level, PAGE_SIZE};
+use std::time::Instant;
+use twofold_arch::{Hpa, Level};
 use twofold_mmu::{Host, HostPage, PopulateError};
 
 /// Host-virtual address of the benchmark's guest memory. Nothing is there: only its numbers are
 /// used.
 pub(crate) const GUEST_MEMORY: u64 = 0x1000_0000_0000;
 
-#[repr(C, align(4096))]
-struct Page([u64; 512]);
-
-/// Hands out pages of one allocation, last given back first.
-pub(crate) struct Arena {
-    pages: Box<[Page]>,
-    free: Mutex<Vec<u32>>,
+/// The host of one MMU.
+#[derive(Default)]
+pub(crate) struct PoolHost {
+    /// When the last flush of the TLBs was done.
+    flushed: Mutex<Option<Instant>>,
 }
 
-impl Arena {
-    /// An arena of `count` pages, all of them touched.
-    pub(crate) fn new(count: u32) -> Self {
-        let pages: Box<[Page]> = (0..count).map(|_| Page([1; 512])).collect();
-        Self {
-            pages,
-            free: Mutex::new((0..count).rev().collect()),
-        }
+impl PoolHost {
+    /// When the last flush of the TLBs was done.
+    pub(crate) fn flushed(&self) -> Option<Instant> {
+        *self.flushed.lock().ok()?
     }
 }
 
-// SAFETY: pages stay where they are while the arena lives, are aligned by their type, and only the
-// MMU touches one between `alloc_table` and `free_table`. Barriers are full ones; the benchmark has
-// no processors, and readers of other threads are not preempted inside a section without one,
-// since the benchmark never invalidates while another thread faults.
-unsafe impl Host for Arena {
+// SAFETY: pages of the pool stay where they are, are aligned, and only who has taken one touches
+// it. Barriers are full ones; the benchmark has no processors, and readers of other threads are
+// not preempted inside a section without one, since the benchmark never invalidates while another
+// thread faults.
+unsafe impl Host for PoolHost {
     fn alloc_table(&self) -> Option<Hpa> {
-        let index = self.free.lock().ok()?.pop()?;
-        Some(Hpa::new(&raw const self.pages[index as usize] as u64))
+        pool::take().map(Hpa::new)
     }
 
     fn free_table(&self, page: Hpa) {
-        let index = (page.get() - self.pages.as_ptr() as u64) / PAGE_SIZE;
-        if let Ok(mut free) = self.free.lock() {
-            free.push(index as u32);
-        }
+        pool::give_back(page.get());
     }
 
     fn table_ptr(&self, page: Hpa) -> NonNull<u64> {
@@ -67,6 +59,9 @@ unsafe impl Host for Arena {
 
     fn flush_tlbs(&self) {
         fence(Ordering::SeqCst);
+        if let Ok(mut flushed) = self.flushed.lock() {
+            *flushed = Some(Instant::now());
+        }
     }
 
     fn heavy_barrier(&self) {

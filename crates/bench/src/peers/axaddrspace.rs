@@ -2,64 +2,20 @@
 //!
 //! Since 0.6 the crate leaves the table to its user; `page_table_multiarch` is what it used before
 //! and what its own hypervisor uses. Frames for the guest are numbers only, tables are real pages.
-//!
-//! UNSAFETY: table pages are allocated and freed by raw address, as `PagingHandler` requires.
-#![expect(unsafe_code)]
 
+use super::page_table_multiarch;
 use ::axaddrspace::{AddrSpace, AddrSpaceError, AddrSpaceResult, NestedPageTableOps, PageSize};
-use anyhow::{Result, anyhow};
+use ::page_table_multiarch as ptm;
+use anyhow::{Result, anyhow, ensure};
 use ax_memory_addr as ax;
 use axvm_types::{GuestPhysAddr, MappingFlags};
 use memory_addr::{PhysAddr, VirtAddr};
-use page_table_entry::x86_64::X64PTE;
-use page_table_multiarch as ptm;
-use std::alloc::Layout;
 use std::cell::Cell;
 
 const PAGE: usize = 4096;
 
-struct Geometry;
-
-impl ptm::PagingMetaData for Geometry {
-    const LEVELS: usize = 4;
-    const PA_MAX_BITS: usize = 52;
-    const VA_MAX_BITS: usize = 48;
-    type VirtAddr = VirtAddr;
-
-    fn flush_tlb(_: Option<VirtAddr>) {}
-}
-
-struct Pages;
-
-impl Pages {
-    fn layout(count: usize) -> Option<Layout> {
-        Layout::from_size_align(count.checked_mul(PAGE)?, PAGE).ok()
-    }
-}
-
-impl ptm::PagingHandler for Pages {
-    fn alloc_frames(count: usize, _align: usize) -> Option<PhysAddr> {
-        let layout = Self::layout(count).filter(|layout| layout.size() > 0)?;
-        // SAFETY: the layout is not empty.
-        let pages = unsafe { std::alloc::alloc_zeroed(layout) };
-        (!pages.is_null()).then(|| PhysAddr::from(pages.expose_provenance()))
-    }
-
-    fn dealloc_frames(paddr: PhysAddr, count: usize) {
-        if let Some(layout) = Self::layout(count) {
-            let pages = std::ptr::with_exposed_provenance_mut(paddr.as_usize());
-            // SAFETY: pages and count are those of `alloc_frames`.
-            unsafe { std::alloc::dealloc(pages, layout) };
-        }
-    }
-
-    fn phys_to_virt(paddr: PhysAddr) -> VirtAddr {
-        VirtAddr::from(paddr.as_usize())
-    }
-}
-
 struct Table {
-    inner: ptm::PageTable64<Geometry, X64PTE, Pages>,
+    inner: page_table_multiarch::Table,
     next_frame: Cell<usize>,
 }
 
@@ -182,9 +138,8 @@ pub(crate) struct Space {
 impl Space {
     /// An area of `bytes` from guest-physical address 0.
     pub(crate) fn new(bytes: u64) -> Result<Self> {
-        let inner = ptm::PageTable64::try_new().map_err(|error| anyhow!("{error:?}"))?;
         let table = Table {
-            inner,
+            inner: page_table_multiarch::table()?,
             next_frame: Cell::new(1 << 40),
         };
         let inner = AddrSpace::new_empty(table, GuestPhysAddr::from(0), bytes as usize)
@@ -206,28 +161,25 @@ impl Space {
     }
 
     /// Drops every mapping.
-    pub(crate) fn clear(&mut self) {
-        let cleared = self
-            .inner
-            .unmap(GuestPhysAddr::from(0), self.bytes as usize);
-        if cleared.is_ok() {
-            // What cannot be added back shows in `all_mapped`.
-            _ = self.add_area();
-        }
+    pub(crate) fn clear(&mut self) -> Result<()> {
+        self.inner
+            .unmap(GuestPhysAddr::from(0), self.bytes as usize)
+            .map_err(|error| anyhow!("{error:?}"))?;
+        self.add_area()
     }
 
-    /// Faults on every page, in order.
-    pub(crate) fn fault_all(&mut self) {
-        for gpa in (0..self.bytes as usize).step_by(PAGE) {
-            self.inner
-                .handle_page_fault(GuestPhysAddr::from(gpa), MappingFlags::WRITE);
+    /// Writes to each of `pages` for the first time: one fault each.
+    ///
+    /// # Errors
+    /// If a fault is not resolved.
+    pub(crate) fn fault(&mut self, pages: impl Iterator<Item = u64>) -> Result<()> {
+        let mut wrong = 0;
+        for page in pages {
+            let gpa = GuestPhysAddr::from(page as usize * PAGE);
+            let fixed = self.inner.handle_page_fault(gpa, MappingFlags::WRITE);
+            wrong += u64::from(!fixed);
         }
-    }
-
-    /// Whether every page is mapped.
-    pub(crate) fn all_mapped(&self) -> bool {
-        (0..self.bytes as usize)
-            .step_by(PAGE)
-            .all(|gpa| self.inner.translate(GuestPhysAddr::from(gpa)).is_some())
+        ensure!(wrong == 0, "{wrong} faults were not resolved");
+        Ok(())
     }
 }

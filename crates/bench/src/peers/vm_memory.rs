@@ -1,8 +1,9 @@
-//! `vm-memory`: guest memory regions in a sorted list.
+//! `vm-memory`: guest memory regions in a sorted list, and a dirty bitmap.
 
 use anyhow::Result;
+use std::num::NonZeroUsize;
 use std::sync::Arc;
-use vm_memory::bitmap::BS;
+use vm_memory::bitmap::{AtomicBitmap, BS};
 use vm_memory::{
     GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollection, GuestUsize,
     MemoryRegionAddress,
@@ -58,5 +59,33 @@ impl Regions {
             .ok()?;
         let (removed, _) = added.remove_region(GuestAddress(start), bytes).ok()?;
         Some(removed.num_regions())
+    }
+}
+
+/// A dirty bitmap.
+pub(crate) struct Bitmap {
+    inner: AtomicBitmap,
+    bytes: usize,
+}
+
+impl Bitmap {
+    /// A clean bitmap for `bytes` in pages of 4 KiB.
+    pub(crate) fn new(bytes: u64) -> Self {
+        let page = const { NonZeroUsize::new(4096).unwrap() };
+        let bytes = bytes as usize;
+        Self {
+            inner: AtomicBitmap::new(bytes, page),
+            bytes,
+        }
+    }
+
+    /// Marks every page.
+    pub(crate) fn fill(&self) {
+        self.inner.set_addr_range(0, self.bytes);
+    }
+
+    /// Takes every bit.
+    pub(crate) fn harvest(&self) -> Vec<u64> {
+        self.inner.get_and_reset()
     }
 }
