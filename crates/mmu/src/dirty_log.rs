@@ -14,7 +14,7 @@ use crate::sync::atomic::Ordering;
 use alloc::sync::Arc;
 use core::ops::Range;
 use twofold_arch::{Gfn, Level};
-use twofold_table::{Cursor, Debt, Entry, Height, Raced, Seen};
+use twofold_table::{Cursor, Debt, Entry, Raced, Seen};
 
 bitflags::bitflags! {
     /// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`: how reading and clearing a dirty log are told apart.
@@ -106,6 +106,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         bitmap: &mut [u64],
     ) -> Result<(), DirtyLogError> {
         self.check_log_id(as_id, slot)?;
+        let _slots = self.lock_slots();
         let mut writer = self.lock();
         let (info, dirty) = self.logged_slot(&writer, as_id, slot)?;
         let bitmap = bitmap
@@ -170,6 +171,16 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     ) -> Result<(), DirtyLogError> {
         let words = self.dirty_log_words(as_id, slot, first, pages)?;
         let bitmap = bitmap.get_mut(..words).ok_or(DirtyLogError::Buffer)?;
+        let _slots = self.lock_slots();
+        if self.config.eager_split
+            && self.begins_all_dirty()
+            && let Some(info) = self.slot(as_id, slot)
+        {
+            // What was left as it is when logging began.
+            let start = info.base.get().saturating_add(first).min(info.end().get());
+            let end = start.saturating_add(u64::from(pages)).min(info.end().get());
+            self.split_range(as_id, Gfn::new(start)..Gfn::new(end));
+        }
         let mut writer = self.lock();
         // Looked up again: bits beyond a slot that has meanwhile become another one are not there.
         let (info, dirty) = self.logged_slot(&writer, as_id, slot)?;
@@ -253,13 +264,12 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     ) -> Result<(), Raced> {
         let table = cursor.table();
         let entry = seen.value();
-        if seen.place().height() > Height::LEAF {
-            return table.remove(seen, debt);
-        }
+        // A large leaf loses W whatever the processor logs, and is split when it is written.
+        let Some(level) = Level::from_number(seen.place().height().get()) else {
+            return Ok(());
+        };
         let new = match spte::writable::<F>(entry) {
-            Some(Writable::Yes) => {
-                spte::noticing_writes::<F>(entry, Level::L4K, self.logs_by_pml())
-            }
+            Some(Writable::Yes) => spte::noticing_writes::<F>(entry, level, self.logs_by_pml()),
             // A processor may still write through a translation from before its page aged, which
             // nobody has flushed.
             Some(Writable::Logged) if spte::is_access_tracked::<F>(entry) => entry,

@@ -8,13 +8,14 @@ use crate::format::MmuFormat;
 use crate::host::{Host, HostPage, PopulateError};
 use crate::invalidation::Snapshot;
 use crate::mmu::Mmu;
+use crate::nx_huge_pages::NX_SPLIT;
 use crate::reader::{Counter, KnownSlot, Memory, Reader, ReaderState, Sections};
 use crate::region::RegionFlags;
 use crate::root::{Root, RootState};
 use crate::slots::{SlotInfo, SlotTree, UPDATE_IN_PROGRESS};
 use crate::spte::{self, AdBits, Leaf, Writable};
 use crate::tables::Pages;
-use twofold_arch::{Gfn, Gpa, Hpa, Level, PAGE_SHIFT, Pferr};
+use twofold_arch::{Gfn, Gpa, Hpa, Level, Pferr};
 use twofold_table::{BuildError, Debt, Entry, Height, Seen, Table};
 
 /// A second-stage fault as the processor reports it.
@@ -66,8 +67,10 @@ enum Attempt {
     Done(Outcome),
     /// So many table pages are needed first, outside the read section.
     NeedPages(usize),
-    /// Smaller mappings stand in the way; try the next smaller size.
+    /// No leaf of this size may be here; try the next smaller size.
     Smaller,
+    /// A larger leaf than 4K could be here: how large is the host's page?
+    AskHost,
     /// Someone changed the entry; look again.
     Again,
 }
@@ -299,9 +302,14 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         fault: Fault,
         mut page: HostPage,
     ) -> Result<Option<Outcome>, FaultError> {
-        page.level = mapping_level(&known.info, fault.gpa.frame(), &page);
+        let gfn = fault.gpa.frame();
+        let mut asked = page.level != Level::L4K;
+        page.level = self.mapping_level(&known.info, gfn, &page);
+        let mut mark = self.nx_mark(fault, &mut page);
         loop {
-            match self.map(state, sections, memory, root, known, snapshot, fault, page) {
+            match self.map(
+                state, sections, memory, root, known, snapshot, fault, page, mark, asked,
+            ) {
                 Attempt::Done(outcome) => return Ok(Some(outcome)),
                 Attempt::Again => return Ok(None),
                 Attempt::Smaller => page.level = page.level.below().unwrap_or(Level::L4K),
@@ -310,8 +318,23 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                         return Err(FaultError::OutOfMemory);
                     }
                 }
+                Attempt::AskHost => {
+                    asked = true;
+                    page.level = self.host().mapping_level(known.info.hva_of(gfn));
+                    page.level = self.mapping_level(&known.info, gfn, &page);
+                    mark = self.nx_mark(fault, &mut page);
+                }
             }
         }
+    }
+
+    /// A fetch while huge leaves are not executable is mapped with 4K. Returns the largest level at which
+    /// the entries of new tables are marked, since a leaf could have been there.
+    fn nx_mark(&self, fault: Fault, page: &mut HostPage) -> Level {
+        if page.level == Level::L4K || !fault.error.is_fetch() || !self.nx_huge_pages() {
+            return Level::L4K;
+        }
+        core::mem::replace(&mut page.level, Level::L4K)
     }
 
     /// One attempt to map a page, at the level that `page` asks for.
@@ -330,6 +353,8 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         snapshot: Snapshot,
         fault: Fault,
         page: HostPage,
+        mark: Level,
+        asked: bool,
     ) -> Attempt {
         let gfn = fault.gpa.frame();
         let level = page.level;
@@ -363,6 +388,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         let leaf = Leaf {
             hpa: Hpa::new(page.hpa.get() & !(level.bytes() - 1)),
             level,
+            executable: level == Level::L4K || !self.nx_huge_pages(),
             ..small_leaf(&known.info, &page, root.ad)
         };
         let writable = leaf.writable == Writable::Yes;
@@ -373,11 +399,33 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             _ => None,
         };
         let seen = remembered.unwrap_or_else(|| table.lookup(fault.gpa, target));
-        match seen.entry::<F>() {
+        let found = seen.entry::<F>();
+        // Nothing smaller is here yet: worth a question to the host, once for each table.
+        if !asked
+            && seen.place().height() > Height::LEAF
+            && !(found == Entry::Leaf && spte::allows::<F>(seen.value(), fault.error))
+            && self.largest_level(&known.info, gfn) > Level::L4K
+        {
+            return Attempt::AskHost;
+        }
+        match found {
             Entry::Empty | Entry::Special => {}
             Entry::Frozen => return Attempt::Done(Outcome::Retry),
             Entry::Leaf if spte::allows::<F>(seen.value(), fault.error) => {
                 return Attempt::Done(Outcome::Spurious);
+            }
+            Entry::Leaf if seen.place().height() > target => {
+                let height = seen.place().height();
+                let marked = height <= Height::from(mark);
+                let split = self.split_for_fault(&table, seen, marked, memory);
+                drop(section);
+                if marked && split.is_ok() {
+                    self.remember_marked(root.role, height, gfn);
+                }
+                return match split {
+                    Err(BuildError::OutOfPages) => Attempt::NeedPages(1),
+                    Ok(()) | Err(BuildError::Raced) => Attempt::Again,
+                };
             }
             Entry::Leaf => {
                 if writable && !slot.mark_dirty(gfn, state) {
@@ -390,7 +438,18 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                     Attempt::Again
                 });
             }
-            Entry::Table(_) => return Attempt::Smaller,
+            Entry::Table(_) if seen.value() & NX_SPLIT != 0 && self.nx_huge_pages() => {
+                return Attempt::Smaller;
+            }
+            Entry::Table(_) => {
+                let attempt = self.collapse_for_fault(&table, seen, leaf);
+                drop(section);
+                return attempt.unwrap_or_else(|debt| {
+                    // Tables are given back under the lock; nobody waits here for this reader.
+                    self.pay(&self.lock(), debt);
+                    Attempt::Done(Outcome::Fixed { level })
+                });
+            }
         }
         let missing = usize::from(seen.place().height().get() - target.get());
         if memory.pool.len() < missing {
@@ -410,7 +469,12 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                     Some(Self::remember(root.table, seen.place(), fault.gpa, epoch));
             }
         } else {
-            match table.link_leaf(seen, fault.gpa, target, entry, &mut memory.pool) {
+            let marked = |height| match height <= Height::from(mark) {
+                true => NX_SPLIT,
+                false => 0,
+            };
+            let pool = &mut memory.pool;
+            match table.link_marked_leaf(seen, fault.gpa, target, entry, marked, pool) {
                 Ok(place) if level == Level::L4K => {
                     memory.leaf_table = Some(Self::remember(root.table, &place, fault.gpa, epoch));
                 }
@@ -419,8 +483,50 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                 Err(BuildError::OutOfPages) => return Attempt::NeedPages(missing),
             }
         }
+        drop(section);
         state.count_mapped(level);
+        if mark != Level::L4K {
+            let highest = seen.place().height().min(Height::from(mark));
+            for height in 2..=highest.get() {
+                self.remember_marked(root.role, Height::new(height), gfn);
+            }
+        }
         Attempt::Done(Outcome::Fixed { level })
+    }
+
+    /// A larger leaf is there than the one that is wanted: the slot logs, the page is fetched while
+    /// huge leaves are not executable, or the host has smaller pages now. What was mapped stays mapped.
+    #[cold]
+    #[inline(never)]
+    fn split_for_fault(
+        &self,
+        table: &Table<'_, F, Pages<H>>,
+        seen: Seen,
+        marked: bool,
+        memory: &mut Memory,
+    ) -> Result<(), BuildError> {
+        let mark = if marked { NX_SPLIT } else { 0 };
+        self.split_leaf(table, seen, mark, self.nx_huge_pages(), &mut memory.pool)
+    }
+
+    /// Smaller leaves are there than the one that is wanted now: it takes their place, with what
+    /// they allow already.
+    ///
+    /// # Errors
+    /// What is owed once the leaf is there, to be paid outside the read section.
+    #[cold]
+    #[inline(never)]
+    fn collapse_for_fault(
+        &self,
+        table: &Table<'_, F, Pages<H>>,
+        seen: Seen,
+        leaf: Leaf,
+    ) -> Result<Attempt, Debt<F>> {
+        let mut debt = Debt::none();
+        match self.collapse_table(table, seen, leaf.encode::<F>(), leaf.level, &mut debt) {
+            Ok(()) => Err(debt),
+            Err(_) => Ok(Attempt::Again),
+        }
     }
 
     /// A leaf is there and does not allow the access, which the host now does.
@@ -521,27 +627,4 @@ fn small_leaf(slot: &SlotInfo, page: &HostPage, ad: AdBits) -> Leaf {
         private: false,
         ad,
     }
-}
-
-/// The largest mapping around `gfn` that the host's page, the slot's bounds and alignment, and
-/// dirty logging allow.
-fn mapping_level(slot: &SlotInfo, gfn: Gfn, page: &HostPage) -> Level {
-    if page.level == Level::L4K || slot.flags.contains(RegionFlags::LOG_DIRTY) {
-        return Level::L4K;
-    }
-    for level in [Level::L1G, Level::L2M] {
-        let frames = level.frames();
-        let first = gfn.align_down(frames);
-        let offset = gfn.get() - first.get();
-        let congruent = |address: u64| address >> PAGE_SHIFT & (frames - 1) == offset;
-        if level <= page.level
-            && first >= slot.base
-            && first.get() + frames <= slot.end().get()
-            && congruent(slot.hva_of(gfn))
-            && congruent(page.hpa.get())
-        {
-            return level;
-        }
-    }
-    Level::L4K
 }

@@ -247,7 +247,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                     }
                 }
                 Entry::Leaf => {
-                    for rule in self.check_leaf(root.role.as_id(), gfn, &seen) {
+                    for rule in self.check_leaf(writer, root.role.as_id(), gfn, &seen) {
                         broken(rule);
                     }
                     let level = usize::from(seen.place().height().get()) - 1;
@@ -290,7 +290,13 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         (believed && !right).then_some(Rule::Mmio)
     }
 
-    fn check_leaf(&self, as_id: u16, gfn: Gfn, seen: &Seen) -> impl Iterator<Item = Rule> {
+    fn check_leaf(
+        &self,
+        writer: &Writer<F>,
+        as_id: u16,
+        gfn: Gfn,
+        seen: &Seen,
+    ) -> impl Iterator<Item = Rule> + use<F, H> {
         let mut broken = [None; 6];
         let (entry, height) = (seen.value(), seen.place().height());
         let level = Level::from_number(height.get()).filter(|level| level.may_map());
@@ -306,7 +312,9 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             return broken.into_iter().flatten();
         };
         let level = level.unwrap_or(Level::L4K);
-        let logs = slot.info.flags.contains(RegionFlags::LOG_DIRTY);
+        // While logging begins, the leaves follow part by part.
+        let begins = writer.begins_to_log == Some((slot.info.as_id, slot.info.id));
+        let logs = slot.info.flags.contains(RegionFlags::LOG_DIRTY) && !begins;
         let writes = writable == Some(Writable::Yes);
         if level != Level::L4K && !may_be_huge(&slot.info, gfn, level) {
             broken[2] = Some(Rule::HugeLeaf);
@@ -321,7 +329,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         // The leaf was read before the bitmap, and is written after it. What processors have logged
         // is not in the bitmap yet.
         let by_log = self.logs_by_pml() && spte::ad_bits(entry) == AdBits::Hardware;
-        if writes && level == Level::L4K && !by_log && !slot.is_marked(gfn) {
+        if writes && level == Level::L4K && !by_log && !begins && !slot.is_marked(gfn) {
             broken[5] = Some(Rule::Unmarked);
         }
         broken.into_iter().flatten()

@@ -8,6 +8,7 @@ use crate::invalidation::Invalidation;
 use crate::invariants::Locked;
 use crate::lock::Lock;
 use crate::mmio::MmioEncoding;
+use crate::nx_huge_pages::Marked;
 use crate::reader::{Reader, ReaderState, ReaderStats};
 use crate::region::ADDRESS_SPACES;
 use crate::root::{Root, RootRole, RootState};
@@ -81,6 +82,9 @@ pub struct Mmu<F: MmuFormat, H: Host> {
     pub(crate) unlinked: AtomicU64,
     pub(crate) mmio: Option<MmioEncoding>,
     pub(crate) slot_zap_all: AtomicBool,
+    /// Huge leaves are not executable now.
+    pub(crate) nx_huge_pages: AtomicBool,
+    pub(crate) nx_marked: Lock<Marked>,
     /// [`ManualProtect`](crate::ManualProtect), as bits.
     pub(crate) manual_protect: AtomicU32,
     /// Entries of each reader's dirty ring; 0: what is dirty stands in the slots' bitmaps.
@@ -108,6 +112,8 @@ pub(crate) struct Writer<F: MmuFormat> {
     pub(crate) by_hva: HvaIndex,
     /// Pages in all slots.
     pub(crate) slot_pages: u64,
+    /// The slot whose leaves are being changed so that writes are noticed, part by part.
+    pub(crate) begins_to_log: Option<(u16, u16)>,
     /// Counters of readers that are gone.
     departed: ReaderStats,
     departed_mapped: [u64; 3],
@@ -133,6 +139,8 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             unlinked: AtomicU64::new(0),
             mmio: MmioEncoding::new::<F>(config.maxphyaddr),
             slot_zap_all: AtomicBool::new(config.slot_zap_all),
+            nx_huge_pages: AtomicBool::new(config.nx_huge_pages),
+            nx_marked: Lock::new(Marked::default()),
             manual_protect: AtomicU32::new(0),
             ring_entries: AtomicU32::new(0),
             writer: Lock::new(Writer {
@@ -142,6 +150,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                 ids: [const { Vec::new() }; ADDRESS_SPACES],
                 by_hva: HvaIndex::new(),
                 slot_pages: 0,
+                begins_to_log: None,
                 departed: ReaderStats::default(),
                 departed_mapped: [0; 3],
                 last_generation: [0; ADDRESS_SPACES],
@@ -279,6 +288,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
 
     /// Counters, summed over every reader.
     pub fn stats(&self) -> Stats {
+        let nx_lpage_splits = self.count_marked();
         let mut writer = self.lock();
         self.sweep_readers(&mut writer);
         let mut faults = writer.departed;
@@ -299,6 +309,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             pages_4k: mapped[0],
             pages_2m: mapped[1],
             pages_1g: mapped[2],
+            nx_lpage_splits,
             remote_tlb_flush: self.remote_tlb_flush.load(Ordering::Relaxed),
             tables_zapped: self.tables_zapped.load(Ordering::Relaxed),
             faults,

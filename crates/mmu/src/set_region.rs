@@ -11,6 +11,9 @@ use alloc::sync::Arc;
 use twofold_arch::{Gfn, PAGE_SHIFT, PAGE_SIZE};
 use twofold_table::Debt;
 
+/// Pages whose leaves are changed under one hold of the writers' lock: about a millisecond.
+const PAGES_AT_ONCE: u64 = 1 << 17;
+
 /// A request that makes sense by itself.
 struct Checked {
     /// What the slot shall be. `pages` 0: nothing.
@@ -91,6 +94,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         let _slots = self.lock_slots();
         let mut writer = self.lock();
         let change = self.classify(&writer, &wanted)?;
+        let flags_change = matches!(change, Change::Flags);
         match change {
             Change::Nothing => return Ok(()),
             Change::Create => {
@@ -114,6 +118,10 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         // Slots that are only ever added would pile up garbage.
         if writer.garbage.len() > 4096 {
             let _readers = self.synchronize(&mut writer);
+        }
+        drop(writer);
+        if flags_change {
+            self.follow_flags(&wanted);
         }
         Ok(())
     }
@@ -238,22 +246,43 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         writer.slot_pages -= old.pages;
     }
 
-    /// Dirty logging begins or ends.
+    /// Dirty logging begins or ends: publishes the slot with its new flags. The mappings follow in
+    /// [`follow_flags`](Self::follow_flags).
     fn change_flags(&self, writer: &mut Writer<F>, wanted: SlotInfo) -> Result<(), RegionError> {
         let slot = self.new_slot(wanted, None)?;
         let space = self.space(&wanted);
         space.begin_update();
         space.insert(slot, &mut writer.garbage);
         if wanted.flags.contains(RegionFlags::LOG_DIRTY) {
+            writer.begins_to_log = Some((wanted.as_id, wanted.id));
             // Faults that know the old slot map without marking; after them nobody does.
             let _readers = self.synchronize(writer);
-            // Where every page counts as dirty there is nothing to notice yet.
-            if !self.begins_all_dirty() {
-                let mut debt = Debt::none();
-                self.notice_writes(writer, &wanted, wanted.base..wanted.end(), &mut debt);
-                self.pay(writer, debt);
-            }
         }
         Ok(())
+    }
+
+    /// What the change of a slot's flags means for what is mapped. Without the writers' lock,
+    /// which is taken for a part of the slot at a time.
+    fn follow_flags(&self, slot: &SlotInfo) {
+        let gfns = slot.base..slot.end();
+        if !slot.flags.contains(RegionFlags::LOG_DIRTY) {
+            return self.recover_range(slot, gfns);
+        }
+        // Where every page counts as dirty there is nothing to notice yet.
+        if !self.begins_all_dirty() {
+            if self.config.eager_split {
+                self.split_range(slot.as_id, gfns.clone());
+            }
+            let mut start = gfns.start.get();
+            while start < gfns.end.get() {
+                let end = start.saturating_add(PAGES_AT_ONCE).min(gfns.end.get());
+                let writer = self.lock();
+                let mut debt = Debt::none();
+                self.notice_writes(&writer, slot, Gfn::new(start)..Gfn::new(end), &mut debt);
+                self.pay(&writer, debt);
+                start = end;
+            }
+        }
+        self.lock().begins_to_log = None;
     }
 }

@@ -11,6 +11,8 @@ pub struct Stats {
     pub pages_2m: u64,
     /// 1G leaves mapped now.
     pub pages_1g: u64,
+    /// Tables that only the NX-huge-page mitigation keeps from being huge leaves.
+    pub nx_lpage_splits: u64,
     /// TLB flushes of all virtual processors asked of the host.
     pub remote_tlb_flush: u64,
     /// Table pages given up by zaps.

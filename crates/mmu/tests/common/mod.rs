@@ -10,9 +10,11 @@
     reason = "UNSAFETY: implements the unsafe trait and reads raw tables"
 )]
 
+pub mod vm;
+
 use std::collections::HashMap;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use twofold_arch::ept::{self, EptCaps, EptEntry, EptFlags};
 use twofold_arch::npt::{self, NptCaps, NptEntry, NptFlags};
@@ -45,6 +47,14 @@ pub struct World {
     /// Pages that are not as usual; usual is present, writable, at a frame that follows from hva.
     pub memory: Mutex<HashMap<u64, HostState>>,
     pub level: Mutex<Level>,
+    /// What the host says about the size of a mapping only if it is asked.
+    pub level_if_asked: Mutex<Level>,
+    /// How often it was asked.
+    pub asked: AtomicU64,
+    /// Leaves that do not allow fetches are expected.
+    pub no_execute: AtomicBool,
+    /// Called for each table page that is given back.
+    pub on_free: Mutex<Option<Arc<dyn Fn() + Send + Sync>>>,
     /// Every so many calls, `populate` takes its time after it has found a page.
     pub slow_populate: AtomicU64,
     populated: AtomicU64,
@@ -70,6 +80,10 @@ impl World {
             barriers: AtomicU64::new(0),
             memory: Mutex::default(),
             level: Mutex::new(Level::L4K),
+            level_if_asked: Mutex::new(Level::L4K),
+            asked: AtomicU64::new(0),
+            no_execute: AtomicBool::new(false),
+            on_free: Mutex::default(),
             slow_populate: AtomicU64::new(u64::MAX),
             populated: AtomicU64::new(0),
             on_flush: Mutex::default(),
@@ -144,6 +158,10 @@ unsafe impl Host for TestHost {
         self.0.live_tables.fetch_sub(1, Ordering::Relaxed);
         self.0.budget.fetch_add(1, Ordering::Relaxed);
         self.0.free.lock().unwrap().push(address);
+        let hook = self.0.on_free.lock().unwrap().clone();
+        if let Some(hook) = hook {
+            hook();
+        }
     }
 
     fn table_ptr(&self, page: Hpa) -> NonNull<u64> {
@@ -169,6 +187,12 @@ unsafe impl Host for TestHost {
             writable: state.writable,
             level: *self.0.level.lock().unwrap(),
         })
+    }
+
+    fn mapping_level(&self, hva: u64) -> Level {
+        assert!(self.0.host_state(hva).present);
+        self.0.asked.fetch_add(1, Ordering::Relaxed);
+        *self.0.level_if_asked.lock().unwrap()
     }
 
     fn flush_tlbs(&self) {
@@ -212,7 +236,11 @@ pub enum Step {
     Nothing,
     Refused,
     Table(Hpa),
-    Leaf { hpa: Hpa, write: bool },
+    Leaf {
+        hpa: Hpa,
+        write: bool,
+        execute: bool,
+    },
 }
 
 impl Processor for Ept {
@@ -231,10 +259,11 @@ impl Processor for Ept {
                 Step::Table(hpa)
             }
             EptEntry::Leaf { hpa, flags, .. } => {
-                assert!(flags.contains(EptFlags::READ | EptFlags::EXECUTE));
+                assert!(flags.contains(EptFlags::READ));
                 Step::Leaf {
                     hpa,
                     write: flags.contains(EptFlags::WRITE),
+                    execute: flags.contains(EptFlags::EXECUTE),
                 }
             }
         }
@@ -251,10 +280,11 @@ impl Processor for Npt {
                 Step::Table(hpa)
             }
             NptEntry::Leaf { hpa, flags } => {
-                assert!(flags.contains(NptFlags::USER) && !flags.contains(NptFlags::NO_EXECUTE));
+                assert!(flags.contains(NptFlags::USER));
                 Step::Leaf {
                     hpa,
                     write: flags.contains(NptFlags::WRITE),
+                    execute: !flags.contains(NptFlags::NO_EXECUTE),
                 }
             }
         }
@@ -263,22 +293,39 @@ impl Processor for Npt {
 
 /// Walks from `root` at `level` as a processor does.
 pub fn walk<F: Processor>(world: &World, root: Hpa, level: Level, gpa: Gpa) -> Found {
+    let (found, execute) = walk_to_fetch::<F>(world, root, level, gpa);
+    assert!(execute || world.no_execute.load(Ordering::Relaxed));
+    found
+}
+
+/// [`walk`], and whether the page may be executed; true if there is none.
+pub fn walk_to_fetch<F: Processor>(
+    world: &World,
+    root: Hpa,
+    level: Level,
+    gpa: Gpa,
+) -> (Found, bool) {
     let (mut table, mut level) = (root, level);
     loop {
         match F::entry(world.read(table, level.index(gpa.frame())), level) {
-            Step::Nothing => return Found::Nothing,
-            Step::Refused => return Found::Refused,
+            Step::Nothing => return (Found::Nothing, true),
+            Step::Refused => return (Found::Refused, true),
             Step::Table(next) => {
                 table = next;
                 level = level.below().unwrap();
             }
-            Step::Leaf { hpa, write } => {
+            Step::Leaf {
+                hpa,
+                write,
+                execute,
+            } => {
                 let offset = gpa.frame().get() & (level.frames() - 1);
-                return Found::Page {
+                let found = Found::Page {
                     frame: (hpa.get() >> 12) + offset,
                     write,
                     level,
                 };
+                return (found, execute);
             }
         }
     }
