@@ -40,6 +40,9 @@ pub const CODE_SEGMENT: u16 = 0x08;
 /// Guest data segment, without the privilege level.
 pub const DATA_SEGMENT: u16 = 0x10;
 
+/// What the guest asks for, in rax: to be told what to do next is 0, this reports a #VE.
+pub const REQUEST_VE: u64 = 0x7e;
+
 const VE_VECTOR: u64 = 20;
 
 global_asm!(include_str!("guest.s"));

@@ -58,10 +58,21 @@ pub struct HostRange {
     pub hva: Range<u64>,
     /// Where the first one is in physical memory.
     pub hpa: Hpa,
-    /// Whether guests may write.
-    pub writable: bool,
+    /// Whether and when guests may write.
+    pub writes: Writes,
     /// The largest page that may be built from it: memory is contiguous and aligned that far.
     pub level: Level,
+}
+
+/// Whether memory may be written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Writes {
+    /// Yes.
+    Allowed,
+    /// Not until someone wants to: memory that is shared as long as it is only read.
+    OnDemand,
+    /// No.
+    Forbidden,
 }
 
 /// The hypervisor below one VM's MMU.
@@ -126,12 +137,13 @@ unsafe impl Host for Hypervisor {
             .rev()
             .find(|range| range.hva.contains(&hva))
             .ok_or(PopulateError::Fault)?;
-        if write && !range.writable {
+        if write && range.writes == Writes::Forbidden {
             return Err(PopulateError::Fault);
         }
         Ok(HostPage {
             hpa: Hpa::new(range.hpa.get() + (hva - range.hva.start)),
-            writable: range.writable,
+            // A read of memory that is shared must not make it private on the side.
+            writable: write || range.writes == Writes::Allowed,
             level: range.level,
         })
     }

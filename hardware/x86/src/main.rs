@@ -19,6 +19,7 @@ pub mod power;
 pub mod processor;
 pub mod runtime;
 pub mod scenarios;
+pub mod second;
 pub mod serial;
 pub mod smp;
 pub mod svm;
@@ -38,7 +39,10 @@ fn has_svm() -> bool {
     cpuid(0x8000_0000, 0)[0] >= 0x8000_0001 && cpuid(0x8000_0001, 0)[2] & 1 << 2 != 0
 }
 
-fn run<V: Virtualization>() -> ! {
+fn run<V: Virtualization>() -> !
+where
+    vm::Vm<V>: Send + Sync,
+{
     println!(
         "{}; physical addresses of {} bits",
         V::NAME,
@@ -77,9 +81,7 @@ extern "C" fn second_processor() -> ! {
     }
     smp::init_second();
     interrupts(true);
-    loop {
-        core::hint::spin_loop();
-    }
+    second::work()
 }
 
 #[panic_handler]

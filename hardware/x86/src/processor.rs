@@ -52,6 +52,8 @@ pub trait Virtualization: Sized + 'static {
     type Format: MmuFormat;
     /// For the first line of the output.
     const NAME: &'static str;
+    /// Whether the processor has a report of its own for entries that it refuses.
+    const MISCONFIGURES: bool;
 
     /// Turns virtualization on, on the processor that calls. Once for each.
     fn enable();

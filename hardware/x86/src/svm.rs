@@ -18,6 +18,7 @@ const VM_HSAVE_PA: u32 = 0xc001_0117;
 
 /// Fields of a VMCB, by offset in bytes (APM volume 2, appendix B).
 mod field {
+    pub const INTERCEPTED_EXCEPTIONS: usize = 0x008;
     pub const INTERCEPTS: usize = 0x00c;
     pub const INTERCEPTS_SVM: usize = 0x010;
     pub const ASID: usize = 0x058;
@@ -103,6 +104,7 @@ impl Svm {
 impl Virtualization for Svm {
     type Format = Npt;
     const NAME: &'static str = "AMD SVM, nested paging";
+    const MISCONFIGURES: bool = false;
 
     fn enable() {
         let saved = SAVED[crate::smp::processor()].0.get() as u64;
@@ -121,6 +123,8 @@ impl Virtualization for Svm {
         let [cr0, _, cr4] = control_registers();
         // SAFETY: EFER exists.
         let efer = unsafe { rdmsr(EFER) };
+        // The guest handles none.
+        new.set(field::INTERCEPTED_EXCEPTIONS, u32::MAX.to_le_bytes());
         new.set(field::INTERCEPTS, INTERCEPTS.to_le_bytes());
         new.set(field::INTERCEPTS_SVM, INTERCEPTS_SVM.to_le_bytes());
         new.set(field::ASID, 1u32.to_le_bytes());

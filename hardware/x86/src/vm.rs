@@ -1,7 +1,7 @@
 //! A virtual machine: an MMU, and processors that run on it. This is how `twofold-mmu` is used.
 
 use crate::guest;
-use crate::host::{HostRange, Hypervisor};
+use crate::host::{HostRange, Hypervisor, Writes};
 use crate::instructions::{interrupts, physical_address_bits};
 use crate::processor::{Exit, SecondStageFault, Virtualization};
 use crate::smp;
@@ -10,9 +10,9 @@ use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::ops::Deref;
-use core::sync::atomic::Ordering;
-use twofold_arch::{Hpa, Level};
-use twofold_mmu::{Config, Mmu, Outcome, Reader, Region, Root, RootRole};
+use core::sync::atomic::{AtomicU64, Ordering};
+use twofold_arch::{Hpa, Level, PAGE_SIZE};
+use twofold_mmu::{Config, Mmu, Outcome, Reader, ReaderStats, Region, RegionFlags, Root, RootRole};
 
 /// Why a scenario fails.
 pub type Failure = String;
@@ -20,6 +20,8 @@ pub type Failure = String;
 /// One virtual machine.
 pub struct Vm<V: Virtualization> {
     mmu: Mmu<V::Format, Hypervisor>,
+    /// How often guests were left, for whatever reason.
+    pub exits: AtomicU64,
 }
 
 impl<V: Virtualization> Deref for Vm<V> {
@@ -40,6 +42,7 @@ impl<V: Virtualization> Vm<V> {
         };
         let vm = Self {
             mmu: Mmu::new(Hypervisor::default(), config),
+            exits: AtomicU64::new(0),
         };
         guest::load_guest(Hpa::new(guest::MEMORY));
         vm.add_memory(Memory {
@@ -47,23 +50,19 @@ impl<V: Virtualization> Vm<V> {
             gpa: 0,
             size: guest::SIZE,
             hpa: guest::MEMORY,
-            level: Level::L4K,
-            writable: true,
-            flags: 0,
+            ..Memory::default()
         })?;
         Ok(Arc::new(vm))
     }
 
-    /// Maps memory into the hypervisor's address space and makes a slot of it. The two addresses
-    /// differ by [`HVA_OFFSET`].
+    /// Maps memory into the hypervisor's address space and makes a slot of it.
     pub fn add_memory(&self, memory: Memory) -> Result<(), Failure> {
-        let hva = memory.hpa + HVA_OFFSET;
-        self.host().map(HostRange {
-            hva: hva..hva + memory.size,
-            hpa: Hpa::new(memory.hpa),
-            writable: memory.writable,
-            level: memory.level,
-        });
+        self.host().map(memory.host_range());
+        self.change_region(memory)
+    }
+
+    /// Changes the slot: where it is, or its flags.
+    pub fn change_region(&self, memory: Memory) -> Result<(), Failure> {
         self.set_region(memory.region())
             .map_err(|error| format!("slot {}: {error}", memory.slot))
     }
@@ -73,10 +72,6 @@ impl<V: Virtualization> Vm<V> {
         self.host().flushes.load(Ordering::Relaxed)
     }
 }
-
-/// From a physical address to the address that the MMU knows it by. Nothing is there: the
-/// hypervisor reaches memory by its physical address, and only names it in this way.
-pub const HVA_OFFSET: u64 = 0x10_0000_0000;
 
 /// A slot of guest memory.
 #[derive(Clone, Copy, Debug)]
@@ -91,21 +86,54 @@ pub struct Memory {
     pub hpa: u64,
     /// The largest page to use.
     pub level: Level,
-    /// Whether the memory itself is writable.
-    pub writable: bool,
-    /// [`RegionFlags`](twofold_mmu::RegionFlags).
-    pub flags: u32,
+    /// Whether the memory itself may be written.
+    pub writes: Writes,
+    /// How the slot is used.
+    pub flags: RegionFlags,
+}
+
+impl Default for Memory {
+    /// One 4K page of the guests' memory for scenarios.
+    fn default() -> Self {
+        Self {
+            slot: 1,
+            gpa: 0x8000_0000,
+            size: PAGE_SIZE,
+            hpa: guest::MEMORY + 0x20_0000,
+            level: Level::L4K,
+            writes: Writes::Allowed,
+            flags: RegionFlags::empty(),
+        }
+    }
 }
 
 impl Memory {
+    /// The first address by which the hypervisor and the MMU know the memory. Nothing is there: the
+    /// hypervisor reaches memory by its physical address, and only names it in this way. Each slot
+    /// has addresses of its own.
+    pub fn hva(&self) -> u64 {
+        (u64::from(self.slot) + 1) << 40 | self.hpa
+    }
+
+    /// The memory as the hypervisor knows it.
+    pub fn host_range(&self) -> HostRange {
+        let hva = self.hva();
+        HostRange {
+            hva: hva..hva + self.size,
+            hpa: Hpa::new(self.hpa),
+            writes: self.writes,
+            level: self.level,
+        }
+    }
+
     /// The slot as the MMU is asked for it.
     pub fn region(&self) -> Region {
         Region {
             slot: self.slot,
-            flags: self.flags,
+            flags: self.flags.bits(),
             gpa: self.gpa,
             size: self.size,
-            hva: self.hpa + HVA_OFFSET,
+            hva: self.hva(),
         }
     }
 }
@@ -162,6 +190,8 @@ pub struct GuestCpu<V: Virtualization> {
     pub processor: V,
     reader: Reader,
     root: Root,
+    /// Whether the guest has asked for an operation.
+    waits: bool,
 }
 
 impl<V: Virtualization> GuestCpu<V> {
@@ -175,6 +205,7 @@ impl<V: Virtualization> GuestCpu<V> {
             processor,
             reader: vm.reader(),
             root,
+            waits: false,
         })
     }
 
@@ -183,11 +214,19 @@ impl<V: Virtualization> GuestCpu<V> {
             .map_err(|error| format!("no root: {error}"))
     }
 
+    /// What was counted for this processor.
+    pub fn stats(&self) -> ReaderStats {
+        self.reader.stats()
+    }
+
     /// Has the guest do something, resolving faults until it is done.
     pub fn run(&mut self, operation: Operation) -> Result<Done, Failure> {
         let mut done = Done::default();
-        // The guest's first request is the one that starts it.
-        self.until_request(&mut done)?;
+        if !self.waits {
+            // It has just been started and makes its first request.
+            self.until_request(&mut done)?;
+            self.waits = true;
+        }
         let registers = self.processor.registers();
         let (number, address, value, count) = match operation {
             Operation::Read(address) => (1, address, 0, 0),
@@ -213,6 +252,9 @@ impl<V: Virtualization> GuestCpu<V> {
         for _ in 0..TOO_MANY_EXITS {
             match self.enter()? {
                 Exit::Interrupt => {}
+                Exit::Request if self.processor.registers().rax == guest::REQUEST_VE => {
+                    return Err(format!("a #VE after {:x?}", done.faults.last()));
+                }
                 Exit::Request => return Ok(()),
                 Exit::Fault(fault) => self.resolve(fault, done)?,
                 Exit::Other(number, detail) => {
@@ -237,6 +279,7 @@ impl<V: Virtualization> GuestCpu<V> {
         let flush = smp::take_flush();
         let exit = self.processor.enter(flush);
         interrupts(true);
+        self.vm.exits.fetch_add(1, Ordering::Relaxed);
         Ok(exit)
     }
 

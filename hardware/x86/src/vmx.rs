@@ -242,6 +242,7 @@ impl Vmx {
 impl Virtualization for Vmx {
     type Format = Ept;
     const NAME: &'static str = "Intel VMX, extended page tables";
+    const MISCONFIGURES: bool = true;
 
     fn enable() {
         let [cr0, _, cr4] = control_registers();

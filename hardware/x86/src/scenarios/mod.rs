@@ -1,11 +1,14 @@
 //! What is shown, one line each.
 
+mod dirty;
 mod faults;
+mod shootdown;
 
 use crate::host::tables_in_use;
 use crate::processor::Virtualization;
-use crate::vm::Failure;
+use crate::vm::{Failure, Memory, Vm};
 use crate::{heap, println};
+use twofold_arch::Level;
 
 /// What a scenario came to.
 pub enum Verdict {
@@ -27,16 +30,68 @@ macro_rules! ensure {
     };
 }
 
+/// Fails a scenario if the MMU's tables or slots are not as they must always be.
+fn check<V: Virtualization>(vm: &Vm<V>) -> Result<(), Failure> {
+    let report = vm.check();
+    ensure!(report.violations.is_empty(), "{report}");
+    Ok(())
+}
+
+/// Memory for one mapping of this size. The 1G page begins at physical address 0 and holds the
+/// hypervisor too; its guest stays within the guests' memory.
+fn memory_at(level: Level) -> Memory {
+    let memory = Memory {
+        size: level.bytes(),
+        level,
+        ..Memory::default()
+    };
+    match level {
+        Level::L1G => Memory { hpa: 0, ..memory },
+        _ => memory,
+    }
+}
+
 /// Runs every scenario and prints a line for each. Returns whether none failed.
-pub fn run<V: Virtualization>() -> bool {
-    let scenarios: &[(&str, Scenario)] = &[("not-present fault", faults::not_present::<V>)];
+pub fn run<V: Virtualization>() -> bool
+where
+    Vm<V>: Send + Sync,
+{
+    let scenarios: &[(&str, Scenario)] = &[
+        ("not-present fault", faults::not_present::<V>),
+        ("write fault", faults::write::<V>),
+        ("execute fault", faults::execute::<V>),
+        ("user execute fault", faults::user_execute::<V>),
+        ("MMIO entries", faults::mmio::<V>),
+        ("read-only slot", faults::read_only_slot::<V>),
+        ("zap and fault again", faults::zap::<V>),
+        (
+            "dirty log by write protection",
+            dirty::by_write_protection::<V>,
+        ),
+        (
+            "second processor: moved memory",
+            shootdown::moved_memory::<V>,
+        ),
+        (
+            "second processor: omitted flush",
+            shootdown::omitted_flush::<V>,
+        ),
+        (
+            "second processor: deleted slot",
+            shootdown::deleted_slot::<V>,
+        ),
+        ("second processor: dirty log", shootdown::dirty_log::<V>),
+    ];
     let (mut shown, mut failed, mut not_here) = (0, 0, 0);
     for (name, scenario) in scenarios {
         let heap_before = heap::used();
         let result = scenario().and_then(|verdict| {
             let (tables, heap) = (tables_in_use(), heap::used());
             ensure!(tables == 0, "{tables} table pages were not given back");
-            ensure!(heap == heap_before, "{} bytes leaked", heap - heap_before);
+            ensure!(
+                heap == heap_before,
+                "{heap} bytes in use, {heap_before} before"
+            );
             Ok(verdict)
         });
         match result {

@@ -1,0 +1,237 @@
+//! The second processor keeps no translation that the first has taken away.
+//!
+//! Its guest accesses one page for ever and never leaves by itself, so it lives on the translation
+//! that it has until it is made to drop it.
+
+use super::{Verdict, check};
+use crate::ensure;
+use crate::guest;
+use crate::processor::Virtualization;
+use crate::second::{self, Running, wait_until};
+use crate::vm::{DEVICE_VALUE, Failure, GuestCpu, Memory, Operation, Vm};
+use alloc::format;
+use alloc::string::ToString;
+use alloc::sync::Arc;
+use core::sync::atomic::Ordering;
+use twofold_arch::Hpa;
+use twofold_mmu::{Config, RegionFlags};
+
+/// How far the guest must get to count as running.
+const STEPS: u64 = 100;
+/// How often it is left while it cannot get on.
+const EXITS: u64 = 20;
+const ROUNDS: u64 = 20;
+
+fn report(word: u64) -> Hpa {
+    Hpa::new(guest::MEMORY + guest::REPORT + 8 * word)
+}
+
+/// A guest in the background.
+struct Background<V: Virtualization> {
+    vm: Arc<Vm<V>>,
+    running: Running<Result<(), Failure>>,
+}
+
+impl<V: Virtualization> Background<V>
+where
+    Vm<V>: Send + Sync,
+{
+    fn start(vm: &Arc<Vm<V>>, operation: Operation) -> Result<Self, Failure> {
+        guest::clear(report(0), 24);
+        let there = Arc::clone(vm);
+        let running = second::start(move || {
+            let mut cpu = GuestCpu::new(&there)?;
+            cpu.run(operation).map(|_| ())
+        });
+        let new = Self {
+            vm: Arc::clone(vm),
+            running,
+        };
+        new.goes_on()?;
+        Ok(new)
+    }
+
+    /// Gives the guest time to do what it can: it gets on, or is left again and again.
+    fn gets_time(&self) -> Result<(), Failure> {
+        let steps = guest::load(report(1));
+        let exits = self.vm.exits.load(Ordering::Relaxed);
+        wait_until("the guest on the second processor does anything", || {
+            guest::load(report(1)) >= steps + STEPS
+                || self.vm.exits.load(Ordering::Relaxed) >= exits + EXITS
+        })
+    }
+
+    /// Whether the word at `hpa` changes while the guest gets time.
+    fn changes(&self, hpa: Hpa) -> Result<bool, Failure> {
+        let before = guest::load(hpa);
+        self.gets_time()?;
+        Ok(guest::load(hpa) != before)
+    }
+
+    /// Waits until the guest has done some more.
+    fn goes_on(&self) -> Result<(), Failure> {
+        let before = guest::load(report(1));
+        wait_until("the guest on the second processor gets on", || {
+            guest::load(report(1)) >= before + STEPS || self.running.is_done()
+        })?;
+        ensure!(
+            !self.running.is_done(),
+            "the guest on the second processor has stopped"
+        );
+        Ok(())
+    }
+
+    fn stop(self) -> Result<(), Failure> {
+        guest::store(report(2), 1);
+        self.running.join()
+    }
+}
+
+/// Moves the memory of the slot to `to`; returns whether the guest still wrote to the old page when
+/// the MMU had said that it cannot.
+fn move_memory<V: Virtualization>(
+    background: &Background<V>,
+    memory: &Memory,
+    from: Hpa,
+    to: Hpa,
+) -> Result<bool, Failure>
+where
+    Vm<V>: Send + Sync,
+{
+    let hva = memory.hva();
+    let change = background.vm.host_change(hva..hva + memory.size);
+    let written = background.changes(from);
+    let mut range = memory.host_range();
+    range.hpa = to;
+    background.vm.host().map(range);
+    drop(change);
+    written
+}
+
+/// The page moves back and forth under a guest that writes to it.
+pub fn moved_memory<V: Virtualization>() -> Result<Verdict, Failure>
+where
+    Vm<V>: Send + Sync,
+{
+    let vm = Vm::<V>::new(Config::default())?;
+    let memory = Memory::default();
+    vm.add_memory(memory)?;
+    let background = Background::start(&vm, Operation::WriteForever(memory.gpa))?;
+    let (mut here, mut there) = (Hpa::new(memory.hpa), Hpa::new(memory.hpa + 0x1000));
+    for round in 0..ROUNDS {
+        let stale = move_memory(&background, &memory, here, there)?;
+        background.goes_on()?;
+        ensure!(!stale, "round {round}: the old page was still written");
+        ensure!(
+            !background.changes(here)?,
+            "round {round}: the old page is written"
+        );
+        ensure!(
+            background.changes(there)?,
+            "round {round}: the new page is not written"
+        );
+        (here, there) = (there, here);
+    }
+    background.stop()?;
+    check(&vm)?;
+    Ok(Verdict::Shown(
+        "20 moves, the old page is never written again",
+    ))
+}
+
+/// The same with a hypervisor that breaks its promise to flush, once: the check above can fail.
+pub fn omitted_flush<V: Virtualization>() -> Result<Verdict, Failure>
+where
+    Vm<V>: Send + Sync,
+{
+    let vm = Vm::<V>::new(Config::default())?;
+    let memory = Memory::default();
+    vm.add_memory(memory)?;
+    let background = Background::start(&vm, Operation::WriteForever(memory.gpa))?;
+    let (here, there) = (Hpa::new(memory.hpa), Hpa::new(memory.hpa + 0x1000));
+    vm.host().forget_to_flush.store(true, Ordering::SeqCst);
+    let stale = move_memory(&background, &memory, here, there)?;
+    vm.host().forget_to_flush.store(false, Ordering::SeqCst);
+    vm.zap_all();
+    background.goes_on()?;
+    let healed = !background.changes(here)?;
+    background.stop()?;
+    ensure!(
+        stale,
+        "the old page was not written although nothing was flushed"
+    );
+    ensure!(healed, "the old page is written even after a flush");
+    Ok(Verdict::Shown("caught: the old page was still written"))
+}
+
+/// A slot goes away under a guest that reads it.
+pub fn deleted_slot<V: Virtualization>() -> Result<Verdict, Failure>
+where
+    Vm<V>: Send + Sync,
+{
+    const OLD: u64 = 0x01d;
+    const POISON: u64 = 0xbad;
+    for zap_all in [true, false] {
+        let vm = Vm::<V>::new(Config {
+            slot_zap_all: zap_all,
+            ..Config::default()
+        })?;
+        let memory = Memory::default();
+        guest::store(Hpa::new(memory.hpa), OLD);
+        vm.add_memory(memory)?;
+        let background = Background::start(&vm, Operation::ReadForever(memory.gpa))?;
+        ensure!(
+            guest::load(report(0)) == OLD,
+            "the guest reads something else"
+        );
+        vm.change_region(Memory { size: 0, ..memory })?;
+        // Whoever reads this reads memory that is no longer the guest's.
+        guest::store(Hpa::new(memory.hpa), POISON);
+        let mut poisoned = false;
+        for _ in 0..ROUNDS {
+            background.goes_on()?;
+            poisoned |= guest::load(report(0)) == POISON;
+        }
+        let seen = guest::load(report(0));
+        background.stop()?;
+        ensure!(!poisoned, "the guest read memory of a slot that was gone");
+        ensure!(seen == DEVICE_VALUE, "the guest reads {seen:#x}");
+        check(&vm)?;
+    }
+    Ok(Verdict::Shown(
+        "with all mappings dropped, and with the slot's only",
+    ))
+}
+
+/// The dirty log of a page that is written all the time never misses it.
+pub fn dirty_log<V: Virtualization>() -> Result<Verdict, Failure>
+where
+    Vm<V>: Send + Sync,
+{
+    let vm = Vm::<V>::new(Config::default())?;
+    let memory = Memory {
+        flags: RegionFlags::LOG_DIRTY,
+        ..Memory::default()
+    };
+    vm.add_memory(memory)?;
+    let background = Background::start(&vm, Operation::WriteForever(memory.gpa))?;
+    let mut missed = None;
+    for round in 0..5 * ROUNDS {
+        background.goes_on()?;
+        let mut log = [0];
+        vm.dirty_log_get(0, memory.slot as u16, &mut log)
+            .map_err(|error| error.to_string())?;
+        if log != [1] {
+            missed = Some(round);
+            break;
+        }
+    }
+    background.stop()?;
+    if let Some(round) = missed {
+        return Err(format!(
+            "round {round}: a page that is written is not in the log"
+        ));
+    }
+    check(&vm)?;
+    Ok(Verdict::Shown("100 reads of the log, each has the page"))
+}
