@@ -213,7 +213,7 @@ impl Vmx {
         write(field::GUEST_DR7, 0x400);
         write(field::GUEST_RSP, guest::STACK_TOP);
         write(field::GUEST_RIP, guest::CODE);
-        write(field::GUEST_RFLAGS, 2);
+        write(field::GUEST_RFLAGS, guest::FLAGS);
         write(field::LINK_POINTER, u64::MAX);
     }
 
