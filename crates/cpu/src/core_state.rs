@@ -166,6 +166,8 @@ pub(crate) struct Core {
     pub(crate) debug: DebugRegisters,
     /// MSRs that instructions use.
     pub(crate) msrs: Msrs,
+    /// RDMSR and WRMSR of the registers in `msrs` are the hypervisor's too.
+    pub(crate) msrs_leave: bool,
     /// Events that wait.
     pub(crate) events: Events,
     /// The hypervisor wants to know when an interrupt can be delivered.

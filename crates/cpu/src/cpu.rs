@@ -97,6 +97,7 @@ impl Cpu {
             efer: 0,
             debug: DebugRegisters::default(),
             msrs: Msrs::default(),
+            msrs_leave: false,
             events: Events::default(),
             window_requested: false,
             breakpoints: Breakpoints::default(),
@@ -307,6 +308,13 @@ impl Cpu {
     /// Replaces the MSRs that instructions use, and XCR0.
     pub fn set_msrs(&mut self, msrs: &Msrs) {
         self.core.msrs = *msrs;
+    }
+
+    /// Whether RDMSR and WRMSR of every register leave with [`Exit::Rdmsr`] and [`Exit::Wrmsr`],
+    /// those in [`Msrs`] and [`SystemRegisters`] included, since the hypervisor filters them.
+    #[inline]
+    pub fn set_msr_exits(&mut self, all: bool) {
+        self.core.msrs_leave = all;
     }
 
     /// What the guest's RDTSC would return now.

@@ -2,7 +2,7 @@
 //! in real mode.
 
 use crate::breakpoints::{dr6, dr7};
-use crate::core_state::{Core, seg};
+use crate::core_state::{Core, Pending, seg};
 use crate::form::Form;
 use crate::mode::Mode;
 use crate::op::{Handler, Op};
@@ -158,6 +158,8 @@ impl Core {
     fn delivered(&mut self) -> Option<Exit> {
         self.counters.events += 1;
         self.attention = true;
+        // The instruction whose answer was an exception is done with.
+        self.pending = Pending::None;
         self.events.sti_shadow = false;
         self.events.mov_ss_shadow = false;
         self.mmio_retire();

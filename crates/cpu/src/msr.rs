@@ -33,6 +33,7 @@ pub(crate) fn select(form: &Form) -> Option<Handler> {
 /// Numbers of MSRs that the processor itself holds.
 mod number {
     pub(super) const TSC: u32 = 0x10;
+    pub(super) const TSC_ADJUST: u32 = 0x3b;
     pub(super) const SYSENTER_CS: u32 = 0x174;
     pub(super) const SYSENTER_ESP: u32 = 0x175;
     pub(super) const SYSENTER_EIP: u32 = 0x176;
@@ -62,6 +63,7 @@ impl Core {
         let msrs = &self.msrs;
         Some(match index {
             number::TSC => msrs.tsc(),
+            number::TSC_ADJUST => msrs.tsc_adjust,
             number::SYSENTER_CS => msrs.sysenter_cs,
             number::SYSENTER_ESP => msrs.sysenter_esp,
             number::SYSENTER_EIP => msrs.sysenter_eip,
@@ -83,7 +85,11 @@ impl Core {
     fn write_own_msr(&mut self, index: u32, value: u64) -> Option<Result<(), Trap>> {
         let result = match index {
             number::TSC => {
-                self.msrs.set_tsc(value);
+                self.msrs.write_tsc(value);
+                Ok(())
+            }
+            number::TSC_ADJUST => {
+                self.msrs.write_tsc_adjust(value);
                 Ok(())
             }
             number::SYSENTER_CS => {
@@ -147,7 +153,9 @@ impl Core {
 fn rdmsr(core: &mut Core, op: &Op) -> Result<(), Trap> {
     core.require_ring_0()?;
     let index: u32 = core.reg(RCX);
-    if let Some(value) = core.own_msr(index) {
+    if !core.msrs_leave
+        && let Some(value) = core.own_msr(index)
+    {
         set_pair(core, value);
         return Ok(());
     }
@@ -157,12 +165,13 @@ fn rdmsr(core: &mut Core, op: &Op) -> Result<(), Trap> {
     } = core.pending
         && asked == index
     {
-        core.pending = Pending::None;
         return match answer {
             Some(value) => {
+                core.pending = Pending::None;
                 set_pair(core, value);
                 Ok(())
             }
+            // The answer is kept until the exception is delivered.
             None => Err(core.general_protection(0)),
         };
     }
@@ -178,7 +187,9 @@ fn wrmsr(core: &mut Core, op: &Op) -> Result<(), Trap> {
     core.require_ring_0()?;
     let index: u32 = core.reg(RCX);
     let value = pair(core);
-    if let Some(result) = core.write_own_msr(index, value) {
+    if !core.msrs_leave
+        && let Some(result) = core.write_own_msr(index, value)
+    {
         core.stop = true;
         return result;
     }
@@ -188,8 +199,9 @@ fn wrmsr(core: &mut Core, op: &Op) -> Result<(), Trap> {
     } = core.pending
         && asked == index
     {
-        core.pending = Pending::None;
+        core.stop = true;
         return if accepted {
+            core.pending = Pending::None;
             Ok(())
         } else {
             Err(core.general_protection(0))

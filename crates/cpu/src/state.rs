@@ -325,6 +325,8 @@ pub struct Msrs {
     /// Guest ticks for each tick of the host's time stamp counter, in units of 2^-48 (VMX's TSC
     /// multiplier).
     pub tsc_multiplier: u64,
+    /// IA32_TSC_ADJUST: what the guest has added to its time stamp counter.
+    pub tsc_adjust: u64,
     /// XCR0, which XSETBV writes. (Not an MSR, but kept where the other such registers are.)
     pub xcr0: u64,
 }
@@ -345,9 +347,25 @@ impl Msrs {
         self.scaled_host_tsc().wrapping_add(self.tsc_offset)
     }
 
-    /// Makes the guest's RDTSC return `value` now, and count on from there.
+    /// Makes the guest's RDTSC return `value` now, and count on from there, unseen by the guest.
     pub fn set_tsc(&mut self, value: u64) {
         self.tsc_offset = value.wrapping_sub(self.scaled_host_tsc());
+    }
+
+    /// The guest writes IA32_TIME_STAMP_COUNTER: IA32_TSC_ADJUST takes part (SDM Vol. 3,
+    /// "IA32_TSC_ADJUST Register Support").
+    pub fn write_tsc(&mut self, value: u64) {
+        let before = self.tsc_offset;
+        self.set_tsc(value);
+        let moved = self.tsc_offset.wrapping_sub(before);
+        self.tsc_adjust = self.tsc_adjust.wrapping_add(moved);
+    }
+
+    /// The guest writes IA32_TSC_ADJUST: the counter moves by as much.
+    pub fn write_tsc_adjust(&mut self, value: u64) {
+        let moved = value.wrapping_sub(self.tsc_adjust);
+        self.tsc_offset = self.tsc_offset.wrapping_add(moved);
+        self.tsc_adjust = value;
     }
 }
 
@@ -366,6 +384,7 @@ impl Default for Msrs {
             pat: 0x0007_0406_0007_0406,
             tsc_offset: 0,
             tsc_multiplier: 1 << 48,
+            tsc_adjust: 0,
             xcr0: 1,
         }
     }

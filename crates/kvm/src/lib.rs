@@ -25,6 +25,7 @@ mod kvm;
 mod mappings;
 mod module_file;
 mod object;
+mod msr_filter;
 mod pagemap;
 mod second_stage;
 mod shared;

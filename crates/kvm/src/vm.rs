@@ -4,9 +4,10 @@ use crate::bus::Buses;
 use crate::capability;
 use crate::fork;
 use crate::irqchip::{Irqchip, Model};
+use crate::msr_filter::{MsrAccess, MsrFilter};
 use crate::second_stage::{Kind, Tables};
 use crate::summary;
-use crate::sync::{Mutex, ProcessMutex};
+use crate::sync::{Mutex, ProcessMutex, RwLock};
 use crate::vcpu::{Vcpu, VcpuCore};
 use crate::{cpuid, tsc};
 use kvm_bindings as kvm;
@@ -56,6 +57,12 @@ pub struct Vm {
     exception_payload: AtomicBool,
     /// `KVM_MSR_EXIT_REASON_*` that leave the guest.
     msr_exits: AtomicU32,
+    msr_filter: RwLock<Option<MsrFilter>>,
+    /// Whether there is one: a copy that running vCPUs look at.
+    filters_msrs: AtomicBool,
+    hides_platform_info: AtomicBool,
+    /// Keeps the vCPUs' time stamp counters in step.
+    tsc_sync: tsc::Sync,
     hypercall_exits: AtomicU32,
     pit: AtomicBool,
     /// 0 for the host's rate.
@@ -98,6 +105,10 @@ impl Vm {
             boot_cpu_id: AtomicU32::new(0),
             exception_payload: AtomicBool::new(false),
             msr_exits: AtomicU32::new(0),
+            msr_filter: RwLock::new(None),
+            filters_msrs: AtomicBool::new(false),
+            hides_platform_info: AtomicBool::new(false),
+            tsc_sync: tsc::Sync::default(),
             hypercall_exits: AtomicU32::new(0),
             pit: AtomicBool::new(false),
             tsc_khz: AtomicU32::new(0),
@@ -163,6 +174,44 @@ impl Vm {
     /// Whether a failed RDMSR or WRMSR leaves the guest for this reason.
     pub(crate) fn exits_for_msr(&self, reason: u32) -> bool {
         self.msr_exits.load(Ordering::Relaxed) & reason != 0
+    }
+
+    /// Whether the guest may not read MSR_PLATFORM_INFO.
+    pub(crate) fn hides_platform_info(&self) -> bool {
+        self.hides_platform_info.load(Ordering::Relaxed)
+    }
+
+    /// Whether some accesses to registers are the program's.
+    #[inline]
+    pub(crate) fn filters_msrs(&self) -> bool {
+        self.filters_msrs.load(Ordering::Relaxed)
+    }
+
+    /// Whether the guest may access a register without the program.
+    pub(crate) fn allows_msr(&self, index: u32, access: MsrAccess) -> bool {
+        !self.filters_msrs()
+            || self
+                .msr_filter
+                .read()
+                .as_ref()
+                .is_none_or(|filter| filter.allows(index, access))
+    }
+
+    /// `KVM_X86_SET_MSR_FILTER`. When it returns, no vCPU goes by the filter before.
+    ///
+    /// # Errors
+    /// `EINVAL` for unknown flags and for ranges that KVM refuses; `EFAULT` for a bitmap that cannot
+    /// be read.
+    pub fn set_msr_filter(&self, filter: &kvm::kvm_msr_filter) -> Result<(), Errno> {
+        let filter = MsrFilter::read(filter)?;
+        *self.msr_filter.write() = Some(filter);
+        self.filters_msrs.store(true, Ordering::Relaxed);
+        self.machine.kick_all();
+        Ok(())
+    }
+
+    pub(crate) fn tsc_sync(&self) -> &tsc::Sync {
+        &self.tsc_sync
     }
 
     pub(crate) fn hypercall_exits(&self) -> HypercallExits {
@@ -555,6 +604,11 @@ impl Vm {
                     return Err(Errno::INVAL);
                 }
                 self.msr_exits.store(argument as u32, Ordering::Relaxed);
+                Ok(())
+            }
+            kvm::KVM_CAP_MSR_PLATFORM_INFO => {
+                self.hides_platform_info
+                    .store(argument == 0, Ordering::Relaxed);
                 Ok(())
             }
             kvm::KVM_CAP_EXIT_HYPERCALL => {

@@ -248,3 +248,30 @@ fn repeated_strings_stop_for_a_kick_and_go_on() {
     assert_eq!((guest.gpr(1), guest.gpr(7)), (0, 0x3_0000));
     assert_eq!(guest.read_u64(0x2_fff8), 0x5a5a_5a5a_5a5a_5a5a);
 }
+
+#[test]
+fn a_refused_wrmsr_is_a_general_protection_fault_and_the_handler_may_skip_it() {
+    // mov ecx,0x123; wrmsr; rdmsr; hlt
+    let mut guest = Guest::long(b"\xb9\x23\x01\x00\x00\x0f\x30\x0f\x32\xf4");
+    // #GP: add qword [rsp+8],2; add rsp,8; iretq
+    guest.write(0x700d, b"\x48\x83\x44\x24\x08\x02\x48\x83\xc4\x08\x48\xcf");
+    for all in [false, true] {
+        guest.set(0x1000, |registers| registers.gpr[4] = 0x1_0000);
+        guest.cpu.set_msr_exits(all);
+        let write = Exit::Wrmsr {
+            index: 0x123,
+            value: 0,
+        };
+        assert_eq!(guest.cpu.run(), write);
+        guest.cpu.complete_wrmsr(false);
+        // The handler's stack is not mapped at first: the answer is not forgotten meanwhile.
+        guest.map(0xf, false);
+        guest.cpu.machine().flush_tlbs();
+        assert!(matches!(guest.cpu.run(), Exit::SecondStage(_)));
+        guest.map(0xf, true);
+        assert_eq!(guest.cpu.run(), Exit::Rdmsr { index: 0x123 });
+        guest.cpu.complete_rdmsr(Some(5 << 32 | 6));
+        assert_eq!(guest.cpu.run(), Exit::Halt);
+        assert_eq!((guest.gpr(0), guest.gpr(2)), (6, 5));
+    }
+}

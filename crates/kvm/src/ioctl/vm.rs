@@ -10,7 +10,7 @@ use crate::usercopy::{Plain, read, read_slice, write, write_slice};
 use crate::vm::Vm;
 use kvm_bindings::{
     KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_dirty_log, kvm_irq_level, kvm_irq_routing_entry,
-    kvm_irqchip, kvm_msi, kvm_pit_config, kvm_userspace_memory_region,
+    kvm_irqchip, kvm_msi, kvm_msr_filter, kvm_msr_filter_range, kvm_pit_config, kvm_userspace_memory_region,
     kvm_userspace_memory_region2,
 };
 use rustix::io::Errno;
@@ -77,6 +77,7 @@ pub(super) fn ioctl(vm: &Arc<Vm>, request: u64, argument: usize) -> Reply {
         KVM_SET_TSC_KHZ => done(vm.set_tsc_khz(argument as u32)),
         KVM_GET_CLOCK => reply(argument, Ok(vm.get_clock())),
         KVM_SET_CLOCK => done(vm.set_clock(&read(argument)?)),
+        KVM_X86_SET_MSR_FILTER => done(vm.set_msr_filter(&read_msr_filter(argument)?)),
         KVM_GET_STATS_FD => {
             let (stats, file) = StatsFile::of_vm(vm)?;
             Ok(descriptor::install(file, Object::Stats(Arc::new(stats))))
@@ -131,4 +132,25 @@ fn set_gsi_routing(vm: &Vm, argument: usize) -> Reply {
     let entries = argument.checked_add(8).ok_or(Errno::FAULT)?;
     let _: Vec<kvm_irq_routing_entry> = read_slice(entries, routes as usize)?;
     Ok(0)
+}
+
+/// `struct kvm_msr_filter`, which has pointers and padding: flags, then 16 times flags and count,
+/// base, and the address of the bitmap.
+fn read_msr_filter(argument: usize) -> Result<kvm_msr_filter, Errno> {
+    const WORDS: usize = size_of::<kvm_msr_filter>() / size_of::<u64>();
+    let words: Vec<u64> = read_slice(argument, WORDS)?;
+    let (flags, ranges) = words.split_first().ok_or(Errno::FAULT)?;
+    let mut filter = kvm_msr_filter {
+        flags: *flags as u32,
+        ..Default::default()
+    };
+    for (range, words) in filter.ranges.iter_mut().zip(ranges.chunks_exact(3)) {
+        *range = kvm_msr_filter_range {
+            flags: words[0] as u32,
+            nmsrs: (words[0] >> 32) as u32,
+            base: words[1] as u32,
+            bitmap: std::ptr::with_exposed_provenance_mut(words[2] as usize),
+        };
+    }
+    Ok(filter)
 }

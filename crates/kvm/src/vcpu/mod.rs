@@ -82,7 +82,9 @@ impl VcpuCore {
         let mut msrs = cpu.msrs();
         let tsc_khz = vm.get_tsc_khz();
         msrs.tsc_multiplier = tsc::multiplier(tsc_khz).unwrap_or(tsc::HOST_RATE);
-        msrs.set_tsc(0);
+        msrs.tsc_offset = vm
+            .tsc_sync()
+            .offset(tsc_khz, 0, msrs.scaled_host_tsc(), false);
         cpu.set_msrs(&msrs);
         let is_bsp = id == vm.boot_cpu_id();
         let irqchip = vm.irqchip_model();
@@ -366,7 +368,14 @@ impl Vcpu {
         let mut state = self.state();
         entries
             .iter()
-            .take_while(|entry| state.set_msr(entry.index, entry.data, false))
+            .take_while(|entry| {
+                let (index, data) = (entry.index, entry.data);
+                if index == msr::IA32_TSC {
+                    state.set_tsc(data, self.vm.tsc_sync());
+                    return true;
+                }
+                state.set_msr(index, data, false)
+            })
             .count()
     }
 

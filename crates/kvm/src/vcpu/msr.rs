@@ -1,13 +1,16 @@
 //! Model-specific registers: `KVM_GET_MSRS`, `KVM_SET_MSRS`, and RDMSR and WRMSR of the guest.
 
 use super::VcpuState;
+use crate::tsc::Sync;
 use twofold_cpu::Msrs;
 use twofold_cpu::state::{cr0, efer};
 
-const IA32_TSC: u32 = 0x10;
+pub(super) const IA32_TSC: u32 = 0x10;
 const IA32_PLATFORM_ID: u32 = 0x17;
 const IA32_APIC_BASE: u32 = 0x1b;
 const IA32_BIOS_SIGN_ID: u32 = 0x8b;
+const IA32_TSC_ADJUST: u32 = 0x3b;
+pub(super) const MSR_PLATFORM_INFO: u32 = 0xce;
 const IA32_MTRRCAP: u32 = 0xfe;
 const IA32_ARCH_CAPABILITIES: u32 = 0x10a;
 const IA32_SYSENTER_CS: u32 = 0x174;
@@ -17,6 +20,7 @@ const IA32_MCG_CAP: u32 = 0x179;
 const IA32_MCG_STATUS: u32 = 0x17a;
 const IA32_MISC_ENABLE: u32 = 0x1a0;
 const IA32_DEBUGCTL: u32 = 0x1d9;
+const IA32_POWER_CTL: u32 = 0x1fc;
 const IA32_MTRR_PHYSBASE0: u32 = 0x200;
 const IA32_MTRR_LAST_VARIABLE: u32 = 0x20f;
 const IA32_MTRR_FIX64K: u32 = 0x250;
@@ -35,6 +39,12 @@ const IA32_FS_BASE: u32 = 0xc000_0100;
 const IA32_GS_BASE: u32 = 0xc000_0101;
 const IA32_KERNEL_GS_BASE: u32 = 0xc000_0102;
 const IA32_TSC_AUX: u32 = 0xc000_0103;
+/// AMD's hardware configuration register (MSR_K7_HWCR), which KVM offers to every guest.
+const MSR_HWCR: u32 = 0xc001_0015;
+/// McStatusWrEn and TscFreqSel.
+const HWCR_KEPT: u64 = 1 << 18 | 1 << 24;
+/// Writes to these have no effect: TlbCacheDis, HltXSpCycEn and FFDIS.
+const HWCR_IGNORED: u64 = 1 << 3 | 1 << 6 | 1 << 8;
 
 /// What `KVM_GET_MSR_INDEX_LIST` answers: the registers that a program has to save to carry a vCPU
 /// over. All of them can be read and written back.
@@ -49,7 +59,11 @@ pub(crate) static SAVED: &[u32] = &[
     IA32_KERNEL_GS_BASE,
     IA32_TSC,
     IA32_TSC_AUX,
+    IA32_TSC_ADJUST,
     IA32_PAT,
+    IA32_POWER_CTL,
+    MSR_HWCR,
+    MSR_PLATFORM_INFO,
     IA32_MISC_ENABLE,
     IA32_MCG_STATUS,
     IA32_MTRR_DEF_TYPE,
@@ -104,6 +118,9 @@ pub(crate) fn feature(index: u32) -> Option<u64> {
 pub(super) struct Stored {
     misc_enable: u64,
     mcg_status: u64,
+    power_ctl: u64,
+    hwcr: u64,
+    platform_info: u64,
     mtrr_def_type: u64,
     mtrr_variable: [u64; 16],
     mtrr_fixed: [u64; 11],
@@ -115,6 +132,9 @@ impl Default for Stored {
             // Fast strings.
             misc_enable: 1,
             mcg_status: 0,
+            power_ctl: 0,
+            hwcr: 0,
+            platform_info: 0,
             mtrr_def_type: 0,
             mtrr_variable: [0; 16],
             mtrr_fixed: [0; 11],
@@ -140,6 +160,9 @@ impl Stored {
         Some(match index {
             IA32_MISC_ENABLE => &mut self.misc_enable,
             IA32_MCG_STATUS => &mut self.mcg_status,
+            IA32_POWER_CTL => &mut self.power_ctl,
+            MSR_HWCR => &mut self.hwcr,
+            MSR_PLATFORM_INFO => &mut self.platform_info,
             IA32_MTRR_DEF_TYPE => &mut self.mtrr_def_type,
             IA32_MTRR_PHYSBASE0..=IA32_MTRR_LAST_VARIABLE => {
                 &mut self.mtrr_variable[(index - IA32_MTRR_PHYSBASE0) as usize]
@@ -152,6 +175,7 @@ impl Stored {
     fn allows(index: u32, value: u64) -> bool {
         let is_type = |kind: u64| matches!(kind, 0 | 1 | 4 | 5 | 6);
         match index {
+            MSR_HWCR => value & !HWCR_KEPT == 0,
             IA32_MTRR_DEF_TYPE => value & !0xcff == 0 && is_type(value & 0xff),
             IA32_MTRR_PHYSBASE0..=IA32_MTRR_LAST_VARIABLE if index & 1 == 0 => {
                 value & 0xf00 == 0 && is_type(value & 0xff)
@@ -173,6 +197,7 @@ impl VcpuState {
         let msrs = self.cpu.msrs();
         Some(match index {
             IA32_TSC => self.cpu.tsc(),
+            IA32_TSC_ADJUST => msrs.tsc_adjust,
             IA32_APIC_BASE => self.apic_base,
             IA32_PLATFORM_ID | IA32_MCG_CAP | IA32_DEBUGCTL => 0,
             // Eight variable ranges, the fixed ranges, write-combining.
@@ -199,8 +224,10 @@ impl VcpuState {
 
     /// Sets a register. `from_guest` applies the rules of WRMSR that a program's
     /// `KVM_SET_MSRS` is free of. Whether the register exists and takes the value.
-    pub(super) fn set_msr(&mut self, index: u32, value: u64, from_guest: bool) -> bool {
+    pub(super) fn set_msr(&mut self, index: u32, mut value: u64, from_guest: bool) -> bool {
         match index {
+            MSR_HWCR => value &= !HWCR_IGNORED,
+            MSR_PLATFORM_INFO if from_guest => return false,
             IA32_APIC_BASE => return self.set_apic_base(value),
             IA32_EFER => return self.set_efer(value, from_guest),
             IA32_FS_BASE | IA32_GS_BASE => {
@@ -232,11 +259,23 @@ impl VcpuState {
             return true;
         }
         let mut msrs = self.cpu.msrs();
-        if !set_instruction_msr(&mut msrs, index, value) {
-            return false;
+        match index {
+            IA32_TSC if from_guest => msrs.write_tsc(value),
+            IA32_TSC_ADJUST if from_guest => msrs.write_tsc_adjust(value),
+            // The program's value moves nothing.
+            IA32_TSC_ADJUST => msrs.tsc_adjust = value,
+            _ if set_instruction_msr(&mut msrs, index, value) => {}
+            _ => return false,
         }
         self.cpu.set_msrs(&msrs);
         true
+    }
+
+    /// The program sets the time stamp counter.
+    pub(super) fn set_tsc(&mut self, value: u64, sync: &Sync) {
+        let mut msrs = self.cpu.msrs();
+        msrs.tsc_offset = sync.offset(self.tsc_khz, value, msrs.scaled_host_tsc(), true);
+        self.cpu.set_msrs(&msrs);
     }
 
     fn set_apic_base(&mut self, value: u64) -> bool {
@@ -267,10 +306,6 @@ impl VcpuState {
 /// The registers that instructions use. Whether this is one that takes the value.
 fn set_instruction_msr(msrs: &mut Msrs, index: u32, value: u64) -> bool {
     let slot = match index {
-        IA32_TSC => {
-            msrs.set_tsc(value);
-            return true;
-        }
         IA32_SYSENTER_CS => &mut msrs.sysenter_cs,
         IA32_SYSENTER_ESP => &mut msrs.sysenter_esp,
         IA32_SYSENTER_EIP => &mut msrs.sysenter_eip,

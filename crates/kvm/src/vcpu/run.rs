@@ -4,17 +4,20 @@
 //! allocates nothing and takes one uncontended mutex.
 
 use super::exit::Answer;
+use super::msr::MSR_PLATFORM_INFO;
 use super::run_page::PIO_DATA_SIZE;
 use super::signal::Running;
 use super::{Vcpu, VcpuState};
 use crate::bus::Space;
 use crate::irqchip::{self, Model};
+use crate::msr_filter::MsrAccess;
 use crate::vm::HypercallExits;
 use kvm_bindings::{
-    KVM_EXIT_HLT, KVM_EXIT_INTR, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_SHUTDOWN, KVM_EXIT_UNKNOWN,
-    KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_INTERNAL_ERROR_EMULATION, KVM_MP_STATE_HALTED,
-    KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_SIPI_RECEIVED,
-    KVM_MP_STATE_UNINITIALIZED, KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN,
+    KVM_EXIT_HLT, KVM_EXIT_INTR, KVM_EXIT_IRQ_WINDOW_OPEN,
+    KVM_EXIT_SHUTDOWN, KVM_EXIT_UNKNOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR,
+    KVM_INTERNAL_ERROR_EMULATION, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED,
+    KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED,
+    KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN,
     KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, KVM_SYNC_X86_VALID_FIELDS,
     kvm_sync_regs,
 };
@@ -167,6 +170,7 @@ impl Vcpu {
         state.has_run = true;
         loop {
             self.load_root(state)?;
+            state.cpu.set_msr_exits(self.vm.filters_msrs());
             let exit = state.cpu.run();
             self.core.counters.exits.increment();
             let next = match exit {
@@ -494,27 +498,33 @@ impl Vcpu {
     }
 
     fn read_msr(&self, state: &mut VcpuState, index: u32) -> Next {
-        let value = state.msr(index);
-        if value.is_none() {
-            if self.vm.exits_for_msr(KVM_MSR_EXIT_REASON_UNKNOWN) {
+        let value = if !self.vm.allows_msr(index, MsrAccess::READ) {
+            Err(KVM_MSR_EXIT_REASON_FILTER)
+        } else if index == MSR_PLATFORM_INFO && self.vm.hides_platform_info() {
+            Err(KVM_MSR_EXIT_REASON_INVAL)
+        } else {
+            state.msr(index).ok_or(KVM_MSR_EXIT_REASON_UNKNOWN)
+        };
+        if let Err(reason) = value {
+            if self.vm.exits_for_msr(reason) {
                 state.answer = Answer::Rdmsr;
                 let page = &self.core.run;
-                page.set_msr(KVM_EXIT_X86_RDMSR, KVM_MSR_EXIT_REASON_UNKNOWN, index, 0);
+                page.set_msr(KVM_EXIT_X86_RDMSR, reason, index, 0);
                 return Next::Return(KVM_EXIT_X86_RDMSR);
             }
-            tracing::debug!(
-                index = format_args!("{index:#x}"),
-                "RDMSR of an unknown register"
-            );
+            tracing::debug!(index = format_args!("{index:#x}"), "RDMSR refused");
         }
-        state.cpu.complete_rdmsr(value);
+        state.cpu.complete_rdmsr(value.ok());
         Next::Enter
     }
 
     fn write_msr(&self, state: &mut VcpuState, index: u32, value: u64) -> Next {
-        let accepted = state.set_msr(index, value, true);
+        let allowed = self.vm.allows_msr(index, MsrAccess::WRITE);
+        let accepted = allowed && state.set_msr(index, value, true);
         if !accepted {
-            let reason = if state.msr(index).is_none() {
+            let reason = if !allowed {
+                KVM_MSR_EXIT_REASON_FILTER
+            } else if state.msr(index).is_none() {
                 KVM_MSR_EXIT_REASON_UNKNOWN
             } else {
                 KVM_MSR_EXIT_REASON_INVAL
