@@ -29,7 +29,7 @@ unit: build ## unit, model, documentation and host-comparison tests
 
 interleavings: ## every interleaving of the small protocols, with loom
 	RUSTFLAGS="--cfg loom" CARGO_PROFILE_RELEASE_LTO=off $(CARGO) test --quiet --release \
-		-p twofold-table -p twofold-mmu -p twofold-cpu --lib --target-dir target/loom interleavings
+		-p twofold-table -p twofold-mmu -p twofold-cpu -p twofold-tdx --lib --target-dir target/loom interleavings
 
 conformance: build ## KVM's own selftests and the tests of kvm-ioctls, unmodified
 	conformance/selfcheck.sh

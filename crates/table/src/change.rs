@@ -289,8 +289,13 @@ impl<'s, F: Format, S: Storage> Table<'s, F, S> {
         })
     }
 
+    /// Exchanges an entry for anything, without an account of what that owes: for an owner that
+    /// keeps its own, as the TDX module does by TLB epochs.
+    ///
+    /// # Errors
+    /// [`Raced`] if the entry is no longer what was seen.
     #[inline(always)]
-    fn exchange(&self, seen: Seen, new: u64) -> Result<(), Raced> {
+    pub fn exchange(&self, seen: Seen, new: u64) -> Result<(), Raced> {
         self.storage
             .compare_exchange(seen.place.at, seen.value, new)
             .map_err(Raced)
