@@ -87,16 +87,22 @@ pub fn duplicated(old: RawFd, new: RawFd) {
 }
 
 /// Before the real `mmap`: why KVM would refuse to map one of our descriptors. `ENODEV` for all but
-/// vCPUs.
+/// vCPUs, `EINVAL` for a private or executable mapping of a dirty ring.
 pub fn mmap_check(
     fd: RawFd,
-    _prot: c_int,
-    _flags: c_int,
-    _offset: i64,
-    _length: usize,
+    prot: c_int,
+    flags: c_int,
+    offset: i64,
+    length: usize,
 ) -> Option<Errno> {
     match fd_table::get(fd)?.object()? {
-        Object::Vcpu(_) => None,
+        Object::Vcpu(vcpu) => vcpu.mapping_check(
+            // A negative offset is refused by the kernel.
+            u64::try_from(offset).ok()?,
+            length,
+            flags & libc::MAP_TYPE != libc::MAP_PRIVATE,
+            prot & libc::PROT_EXEC != 0,
+        ),
         Object::System | Object::Vm(_) | Object::Stats(_) => Some(Errno::NODEV),
     }
 }

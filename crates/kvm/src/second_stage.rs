@@ -7,8 +7,9 @@ use twofold_arch::Gpa;
 use twofold_arch::eptp::Eptp;
 use twofold_cpu::{Machine, MachineConfig, SecondStage, SecondStageKind};
 use twofold_mmu::{
-    Config, DirtyLogError, Ept, Fault, FaultError, Mmu, Npt, OutOfMemory, Outcome, PendingChange,
-    Reader, Region, RegionError, Root, RootRole, SlotInfo, Stats,
+    Config, DirtyLogError, DirtyRingError, Ept, Fault, FaultError, ManualProtect, Mmu, Npt,
+    OutOfMemory, Outcome, PendingChange, Reader, Region, RegionError, RingMemory, Root, RootRole,
+    SlotInfo, Stats,
 };
 
 /// Bits of a host-physical address in the entries. They are this process's virtual addresses.
@@ -50,6 +51,13 @@ impl Kind {
     }
 }
 
+/// A parameter of KVM's module that is on unless the environment turns it off, with a value that
+/// the kernel takes for "off": `N`, `n`, `0`, `off`.
+fn module_parameter(variable: &str) -> bool {
+    let value = std::env::var_os(variable);
+    !value.is_some_and(|value| ["N", "n", "0", "off"].iter().any(|off| value == *off))
+}
+
 /// The MMU of one VM.
 pub(crate) enum Tables {
     Ept(Mmu<Ept, ProcessMemory>),
@@ -70,6 +78,8 @@ impl Tables {
         let host = ProcessMemory::new(machine);
         let config = Config {
             maxphyaddr: HOST_ADDRESS_BITS,
+            accessed_dirty: module_parameter("TWOFOLD_EPTAD"),
+            pml: module_parameter("TWOFOLD_PML"),
             ..Config::default()
         };
         match kind {
@@ -82,7 +92,7 @@ impl Tables {
     pub(crate) fn pointer(&self, root: &Root) -> SecondStage {
         let (hpa, level) = (root.hpa(), root.role().level);
         match self {
-            Self::Ept(_) => SecondStage::Ept(Eptp::new(hpa, level, true)),
+            Self::Ept(mmu) => SecondStage::Ept(Eptp::new(hpa, level, mmu.has_accessed_dirty())),
             Self::Npt(_) => SecondStage::Npt { root: hpa, level },
         }
     }
@@ -97,6 +107,11 @@ impl Tables {
 
     pub(crate) fn reader(&self) -> Reader {
         either!(self, mmu => mmu.reader())
+    }
+
+    /// A reader with a dirty ring of its own.
+    pub(crate) fn ring_reader(&self, memory: Arc<dyn RingMemory>) -> Reader {
+        either!(self, mmu => mmu.ring_reader(memory))
     }
 
     pub(crate) fn load_root(&self) -> Result<Root, OutOfMemory> {
@@ -124,6 +139,52 @@ impl Tables {
 
     pub(crate) fn end_host_change(&self, change: PendingChange) {
         either!(self, mmu => mmu.end_host_change(change));
+    }
+
+    pub(crate) fn dirty_log_words(
+        &self,
+        as_id: u16,
+        slot: u16,
+        first: u64,
+        pages: u32,
+    ) -> Result<usize, DirtyLogError> {
+        either!(self, mmu => mmu.dirty_log_words(as_id, slot, first, pages))
+    }
+
+    pub(crate) fn dirty_log_clear(
+        &self,
+        as_id: u16,
+        slot: u16,
+        first: u64,
+        pages: u32,
+        bitmap: &mut [u64],
+    ) -> Result<(), DirtyLogError> {
+        either!(self, mmu => mmu.dirty_log_clear(as_id, slot, first, pages, bitmap))
+    }
+
+    pub(crate) fn set_manual_protect(&self, protect: ManualProtect) {
+        either!(self, mmu => mmu.set_manual_protect(protect));
+    }
+
+    pub(crate) fn enable_dirty_ring(&self, bytes: u64) -> Result<u32, DirtyRingError> {
+        either!(self, mmu => mmu.enable_dirty_ring(bytes))
+    }
+
+    pub(crate) fn ring_entries(&self) -> u32 {
+        either!(self, mmu => mmu.ring_entries())
+    }
+
+    pub(crate) fn reset_dirty_rings(&self) -> u32 {
+        either!(self, mmu => mmu.reset_dirty_rings())
+    }
+
+    /// Whether the vCPUs' processors keep logs of what they write.
+    pub(crate) fn logs_by_pml(&self) -> bool {
+        either!(self, mmu => mmu.logs_by_pml())
+    }
+
+    pub(crate) fn drain_pml(&self, reader: &mut Reader, log: impl Iterator<Item = Gpa>) {
+        either!(self, mmu => mmu.drain_pml(reader, RootRole::NORMAL.as_id(), log));
     }
 
     pub(crate) fn dirty_log_get(

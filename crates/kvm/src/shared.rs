@@ -14,6 +14,7 @@ use rustix::mm::{MapFlags, MremapFlags, ProtFlags};
 use std::ffi::c_void;
 use std::mem::size_of;
 use std::ptr::{self, NonNull};
+use twofold_mmu::DirtyGfn;
 
 /// A shared mapping of a fixed number of bytes; dropping it unmaps it.
 #[derive(Debug)]
@@ -88,6 +89,24 @@ impl SharedMemory {
             }
         }
         Ok(())
+    }
+
+    /// `count` entries of a dirty ring at `offset` bytes.
+    ///
+    /// # Panics
+    /// If they do not lie in the mapping or are misaligned: the file was made for them.
+    #[inline]
+    pub(crate) fn dirty_entries(&self, offset: usize, count: usize) -> &[DirtyGfn] {
+        let bytes = count.checked_mul(size_of::<DirtyGfn>());
+        let end = bytes.and_then(|bytes| offset.checked_add(bytes));
+        assert!(
+            end.is_some_and(|end| end <= self.length)
+                && offset.is_multiple_of(align_of::<DirtyGfn>()),
+            "a dirty ring of {count} entries does not fit"
+        );
+        // SAFETY: within the mapping, by the assertion. An entry consists of atomics, of which any
+        // bytes are a value and which others may change.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr().add(offset).cast(), count) }
     }
 
     fn at<T>(&self, offset: usize) -> *mut T {

@@ -39,6 +39,7 @@ plain!(
     u32,
     u64,
     i64,
+    kvm::kvm_clear_dirty_log,
     kvm::kvm_clock_data,
     kvm::kvm_coalesced_mmio_zone,
     kvm::kvm_cpuid_entry,

@@ -22,7 +22,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, SystemTime};
 use twofold_cpu::Machine;
 use twofold_mmu::region::RegionErrorKind;
-use twofold_mmu::{DirtyLogError, Region, SlotInfo};
+use twofold_mmu::{Region, SlotInfo};
 
 bitflags::bitflags! {
     /// Hypercalls that leave the guest for the program (`KVM_CAP_EXIT_HYPERCALL`).
@@ -256,6 +256,16 @@ impl Vm {
         Ok((Vcpu::new(Arc::clone(self), core), file))
     }
 
+    /// Does what only a VM without vCPUs allows; `EINVAL` once there are any.
+    pub(crate) fn before_vcpus<R>(&self, work: impl FnOnce() -> R) -> Result<R, Errno> {
+        let config = self.config.lock();
+        if config.vcpus.is_empty() {
+            Ok(work())
+        } else {
+            Err(Errno::INVAL)
+        }
+    }
+
     fn has_vcpus(&self) -> bool {
         !self.config.lock().vcpus.is_empty()
     }
@@ -289,20 +299,6 @@ impl Vm {
     /// The slot with this id (address space in bits 31:16), for `KVM_GET_DIRTY_LOG`.
     pub(crate) fn slot(&self, slot: u32) -> Option<SlotInfo> {
         self.tables.slot((slot >> 16) as u16, slot as u16)
-    }
-
-    /// `KVM_GET_DIRTY_LOG`: the pages of a slot that were written since the last call, one bit
-    /// each.
-    ///
-    /// # Errors
-    /// `EINVAL` for an id that cannot exist, `ENOENT` for a slot that is not there or does not log.
-    pub fn get_dirty_log(&self, slot: u32) -> Result<Vec<u64>, Errno> {
-        let words = self.slot(slot).map_or(0, |slot| slot.pages.div_ceil(64));
-        let mut bitmap = vec![0; usize::try_from(words).map_err(|_| Errno::NOMEM)?];
-        self.tables
-            .dirty_log_get((slot >> 16) as u16, slot as u16, &mut bitmap)
-            .map_err(dirty_log_errno)?;
-        Ok(bitmap)
     }
 
     /// `KVM_SET_NR_MMU_PAGES`: kept and given back; the tables need no limit.
@@ -594,6 +590,10 @@ impl Vm {
                 self.create_irqchip_model(Model::Split)
             }
             kvm::KVM_CAP_MAX_VCPU_ID => self.limit_vcpu_ids(argument),
+            kvm::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 => self.set_manual_protect(argument),
+            kvm::KVM_CAP_DIRTY_LOG_RING | kvm::KVM_CAP_DIRTY_LOG_RING_ACQ_REL => {
+                self.enable_dirty_ring(argument)
+            }
             kvm::KVM_CAP_EXCEPTION_PAYLOAD => {
                 self.exception_payload
                     .store(argument != 0, Ordering::Relaxed);
@@ -635,16 +635,6 @@ impl Drop for Vm {
     fn drop(&mut self) {
         VM_COUNT.fetch_sub(1, Ordering::Relaxed);
         summary::remember(self);
-    }
-}
-
-/// What KVM answers for a dirty log that cannot be read or cleared.
-fn dirty_log_errno(error: DirtyLogError) -> Errno {
-    match error {
-        DirtyLogError::RingOnly => Errno::NXIO,
-        DirtyLogError::NotLogged => Errno::NOENT,
-        // `Buffer`: the slot was replaced by a larger one since it was asked for its size.
-        DirtyLogError::Id | DirtyLogError::Range | DirtyLogError::Buffer => Errno::INVAL,
     }
 }
 

@@ -169,20 +169,13 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         pages: u32,
         bitmap: &mut [u64],
     ) -> Result<(), DirtyLogError> {
+        let _slots = self.lock_slots();
         let words = self.dirty_log_words(as_id, slot, first, pages)?;
         let bitmap = bitmap.get_mut(..words).ok_or(DirtyLogError::Buffer)?;
-        let _slots = self.lock_slots();
-        if self.config.eager_split
-            && self.begins_all_dirty()
-            && let Some(info) = self.slot(as_id, slot)
-        {
-            // What was left as it is when logging began.
-            let start = info.base.get().saturating_add(first).min(info.end().get());
-            let end = start.saturating_add(u64::from(pages)).min(info.end().get());
-            self.split_range(as_id, Gfn::new(start)..Gfn::new(end));
+        if self.config.eager_split && self.begins_all_dirty() {
+            self.split_named(as_id, slot, first, bitmap);
         }
         let mut writer = self.lock();
-        // Looked up again: bits beyond a slot that has meanwhile become another one are not there.
         let (info, dirty) = self.logged_slot(&writer, as_id, slot)?;
         let mut any = 0;
         for (number, word) in bitmap.iter_mut().enumerate() {
@@ -193,6 +186,26 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             self.notice_taken(&mut writer, &info, first, bitmap);
         }
         Ok(())
+    }
+
+    /// Splits the large leaves around the pages named in `bitmap`, from the page `first` of the slot
+    /// on: they were left as they are when logging began. The caller holds the slots' lock.
+    fn split_named(&self, as_id: u16, slot: u16, first: u64, bitmap: &[u64]) {
+        let Some(info) = self.slot(as_id, slot) else {
+            return;
+        };
+        let gfn_of = |word: usize| {
+            let page = first.saturating_add(64 * word as u64).min(info.pages);
+            Gfn::new(info.base.get() + page)
+        };
+        let mut start = 0;
+        for run in bitmap.chunk_by(|a, b| (*a == 0) == (*b == 0)) {
+            let end = start + run.len();
+            if run.first().is_some_and(|word| *word != 0) {
+                self.split_range(as_id, gfn_of(start)..gfn_of(end));
+            }
+            start = end;
+        }
     }
 
     /// Notices the next write to each page whose mark was taken: `bitmap` from the page `first` of

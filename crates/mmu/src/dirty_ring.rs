@@ -256,6 +256,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     /// An entry is filled before the mapping that lets its page be written is published, in one
     /// read section; so this waits for the open sections before it protects.
     pub fn reset_dirty_rings(&self) -> u32 {
+        let _slots = self.lock_slots();
         let mut writer = self.lock();
         let rings = |writer: &Writer<F>| {
             let mut count = 0_u32;

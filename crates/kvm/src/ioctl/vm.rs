@@ -9,9 +9,9 @@ use crate::stats_file::StatsFile;
 use crate::usercopy::{Plain, read, read_slice, write, write_slice};
 use crate::vm::Vm;
 use kvm_bindings::{
-    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_dirty_log, kvm_irq_level, kvm_irq_routing_entry,
-    kvm_irqchip, kvm_msi, kvm_msr_filter, kvm_msr_filter_range, kvm_pit_config, kvm_userspace_memory_region,
-    kvm_userspace_memory_region2,
+    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_clear_dirty_log, kvm_dirty_log, kvm_irq_level,
+    kvm_irq_routing_entry, kvm_irqchip, kvm_msi, kvm_msr_filter, kvm_msr_filter_range,
+    kvm_pit_config, kvm_userspace_memory_region, kvm_userspace_memory_region2,
 };
 use rustix::io::Errno;
 use std::sync::Arc;
@@ -28,6 +28,8 @@ pub(super) fn ioctl(vm: &Arc<Vm>, request: u64, argument: usize) -> Reply {
         KVM_SET_USER_MEMORY_REGION => set_user_memory_region(vm, argument),
         KVM_SET_USER_MEMORY_REGION2 => done(vm.set_user_memory_region(&read(argument)?)),
         KVM_GET_DIRTY_LOG => get_dirty_log(vm, argument),
+        KVM_CLEAR_DIRTY_LOG => clear_dirty_log(vm, argument),
+        KVM_RESET_DIRTY_RINGS => Ok(vm.reset_dirty_rings()? as i32),
         KVM_CHECK_EXTENSION => Ok(capability::check(argument as u64) as i32),
         KVM_ENABLE_CAP => done(vm.enable_cap(&read(argument)?)),
         KVM_SET_NR_MMU_PAGES => done(vm.set_nr_mmu_pages(argument as u64)),
@@ -126,12 +128,17 @@ fn get_dirty_log(vm: &Vm, argument: usize) -> Reply {
     Ok(0)
 }
 
-fn set_gsi_routing(vm: &Vm, argument: usize) -> Reply {
-    let [routes, flags]: [u32; 2] = read(argument)?;
-    vm.set_gsi_routing(routes, flags)?;
-    let entries = argument.checked_add(8).ok_or(Errno::FAULT)?;
-    let _: Vec<kvm_irq_routing_entry> = read_slice(entries, routes as usize)?;
-    Ok(0)
+fn clear_dirty_log(vm: &Vm, argument: usize) -> Reply {
+    let log: kvm_clear_dirty_log = read(argument)?;
+    // UNSAFETY: reads a union.
+    #[expect(unsafe_code)]
+    // SAFETY: both members are 64-bit integers or pointers.
+    let address = unsafe { log.__bindgen_anon_1.padding2 };
+    done(
+        vm.clear_dirty_log(log.slot, log.first_page, log.num_pages, |words| {
+            read_slice(address as usize, words)
+        }),
+    )
 }
 
 /// `struct kvm_msr_filter`, which has pointers and padding: flags, then 16 times flags and count,
@@ -153,4 +160,12 @@ fn read_msr_filter(argument: usize) -> Result<kvm_msr_filter, Errno> {
         };
     }
     Ok(filter)
+}
+
+fn set_gsi_routing(vm: &Vm, argument: usize) -> Reply {
+    let [routes, flags]: [u32; 2] = read(argument)?;
+    vm.set_gsi_routing(routes, flags)?;
+    let entries = argument.checked_add(8).ok_or(Errno::FAULT)?;
+    let _: Vec<kvm_irq_routing_entry> = read_slice(entries, routes as usize)?;
+    Ok(0)
 }

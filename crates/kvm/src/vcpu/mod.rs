@@ -9,6 +9,7 @@ mod registers;
 mod run;
 mod run_page;
 mod signal;
+mod write_log;
 
 pub use run_page::VCPU_MMAP_SIZE;
 pub use signal::{RunSignals, register_run_signals};
@@ -28,13 +29,14 @@ use kvm_bindings::{
     kvm_cpuid_entry2, kvm_debugregs, kvm_fpu, kvm_guest_debug, kvm_lapic_state, kvm_mp_state,
     kvm_msr_entry, kvm_regs, kvm_sregs, kvm_sregs2, kvm_translation, kvm_vcpu_events, kvm_xcrs,
 };
-use run_page::RunPage;
+use run_page::{RunPage, mapping_check};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, MutexGuard};
-use twofold_cpu::{Cpu, CpuidEntry, Line};
+use twofold_cpu::{Cpu, CpuidEntry, Line, Pml};
 use twofold_mmu::{Reader, Root};
+use write_log::{LogState, WriteLog};
 
 /// IA32_APIC_BASE after reset: the default page, enabled.
 const APIC_BASE_RESET: u64 = 0xfee0_0800;
@@ -47,6 +49,7 @@ pub(crate) struct VcpuCore {
     pub(crate) run: RunPage,
     pub(crate) counters: Counters,
     line: Arc<Line>,
+    pub(crate) log: LogState,
     /// A signal came while the vCPU ran; `KVM_RUN` returns `EINTR`.
     signalled: AtomicBool,
     /// Everything that one ioctl at a time may touch (KVM's `vcpu->mutex`).
@@ -56,6 +59,8 @@ pub(crate) struct VcpuCore {
 /// What a vCPU consists of.
 pub(crate) struct VcpuState {
     cpu: Cpu,
+    /// Where the processor writes down what it writes to.
+    write_log: Option<WriteLog>,
     reader: Reader,
     root: Option<Root>,
     /// What the program has to supply before the guest goes on.
@@ -77,7 +82,13 @@ pub(crate) struct VcpuState {
 impl VcpuCore {
     /// A vCPU after reset, and the file that its program maps.
     pub(crate) fn new(vm: &Vm, id: u32, index: u32) -> Result<(Arc<Self>, OwnedFd), Errno> {
-        let (run, file) = RunPage::new(id)?;
+        let tables = vm.tables();
+        let ring_entries = tables.ring_entries();
+        let (run, file) = RunPage::new(id, ring_entries)?;
+        let reader = match ring_entries {
+            0 => tables.reader(),
+            entries => tables.ring_reader(Arc::new(run.ring(entries))),
+        };
         let mut cpu = Cpu::new(Arc::clone(vm.machine()), index);
         let mut msrs = cpu.msrs();
         let tsc_khz = vm.get_tsc_khz();
@@ -86,10 +97,13 @@ impl VcpuCore {
             .tsc_sync()
             .offset(tsc_khz, 0, msrs.scaled_host_tsc(), false);
         cpu.set_msrs(&msrs);
+        let write_log = tables.logs_by_pml().then(WriteLog::new);
+        cpu.set_pml(write_log.as_ref().map(|log| Pml::empty(log.page())));
         let is_bsp = id == vm.boot_cpu_id();
         let irqchip = vm.irqchip_model();
         let state = VcpuState {
-            reader: vm.tables().reader(),
+            reader,
+            write_log,
             root: None,
             answer: Answer::None,
             cpuid: Vec::new(),
@@ -112,6 +126,7 @@ impl VcpuCore {
             id,
             run,
             counters: Counters::default(),
+            log: LogState::default(),
             line: Arc::clone(state.cpu.line()),
             signalled: AtomicBool::new(false),
             state: Mutex::new(state),
@@ -168,6 +183,18 @@ impl Vcpu {
 
     pub(crate) fn core(&self) -> &Arc<VcpuCore> {
         &self.core
+    }
+
+    /// Why KVM refuses to map `length` bytes at `offset` of the vCPU's file.
+    pub(crate) fn mapping_check(
+        &self,
+        offset: u64,
+        length: usize,
+        shared: bool,
+        executable: bool,
+    ) -> Option<Errno> {
+        let entries = self.vm.tables().ring_entries();
+        mapping_check(entries, offset, length, shared, executable)
     }
 
     fn state(&self) -> MutexGuard<'_, VcpuState> {

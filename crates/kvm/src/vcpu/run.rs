@@ -13,7 +13,7 @@ use crate::irqchip::{self, Model};
 use crate::msr_filter::MsrAccess;
 use crate::vm::HypercallExits;
 use kvm_bindings::{
-    KVM_EXIT_HLT, KVM_EXIT_INTR, KVM_EXIT_IRQ_WINDOW_OPEN,
+    KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_HLT, KVM_EXIT_INTR, KVM_EXIT_IRQ_WINDOW_OPEN,
     KVM_EXIT_SHUTDOWN, KVM_EXIT_UNKNOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR,
     KVM_INTERNAL_ERROR_EMULATION, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED,
     KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED,
@@ -28,7 +28,7 @@ use std::time::Duration;
 use twofold_arch::qualification::Qualification;
 use twofold_arch::{Gpa, PAGE_SIZE, Pferr};
 use twofold_cpu::state::efer;
-use twofold_cpu::{Exception, Exit, SecondStageFault, vector};
+use twofold_cpu::{Exception, Exit, Pml, SecondStageFault, vector};
 use twofold_mmu::{Fault, FaultError, Outcome};
 
 /// Hypercall numbers and results of the KVM ABI (`linux/kvm_para.h`).
@@ -169,11 +169,17 @@ impl Vcpu {
         let page = &self.core.run;
         state.has_run = true;
         loop {
+            if !immediate && state.reader.is_dirty_ring_soft_full() {
+                page.set_exit_reason(KVM_EXIT_DIRTY_RING_FULL);
+                return Ok(KVM_EXIT_DIRTY_RING_FULL);
+            }
             self.load_root(state)?;
             state.cpu.set_msr_exits(self.vm.filters_msrs());
-            let exit = state.cpu.run();
+            let exit = self.run_processor(state);
             self.core.counters.exits.increment();
             let next = match exit {
+                // The log has been emptied.
+                Exit::PmlFull => Next::Enter,
                 Exit::Kicked if immediate => return Err(Errno::INTR),
                 Exit::Kicked => self.kicked()?,
                 Exit::Io {
@@ -229,6 +235,31 @@ impl Vcpu {
                 return Ok(reason);
             }
         }
+    }
+
+    /// Runs the guest until the processor stops. What it has written down about the guest's writes
+    /// is then in the dirty log.
+    #[inline]
+    fn run_processor(&self, state: &mut VcpuState) -> Exit {
+        let VcpuState {
+            cpu,
+            reader,
+            write_log: Some(log),
+            ..
+        } = state
+        else {
+            return state.cpu.run();
+        };
+        self.core.log.begin();
+        let exit = cpu.run();
+        if let Some(next) = cpu.pml_index()
+            && next != Pml::FIRST
+        {
+            self.vm.tables().drain_pml(reader, log.entries(next));
+            cpu.set_pml(Some(Pml::empty(log.page())));
+        }
+        self.core.log.drained();
+        exit
     }
 
     /// Another thread or a signal handler wanted the vCPU outside the guest.

@@ -2,18 +2,21 @@
 //!
 //! The program maps it from the vCPU's descriptor: page 0 is `struct kvm_run`, page 1 holds the
 //! data of port I/O (`KVM_PIO_PAGE_OFFSET`), page 2 shows the VM's coalesced ring
-//! (`KVM_COALESCED_MMIO_PAGE_OFFSET`).
+//! (`KVM_COALESCED_MMIO_PAGE_OFFSET`). A dirty ring, if the VM has them, begins at page 64
+//! (`KVM_DIRTY_LOG_PAGE_OFFSET`).
 
 use crate::shared::SharedMemory;
 use crate::usercopy::Plain;
 use kvm_bindings::{
-    KVM_EXIT_DEBUG, KVM_EXIT_HYPERCALL, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO,
-    KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_INTERNAL_ERROR_EMULATION,
+    KVM_DIRTY_LOG_PAGE_OFFSET, KVM_EXIT_DEBUG, KVM_EXIT_HYPERCALL, KVM_EXIT_INTERNAL_ERROR,
+    KVM_EXIT_IO, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_INTERNAL_ERROR_EMULATION,
     KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, kvm_run, kvm_run__bindgen_ty_1,
 };
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use std::mem::offset_of;
+use std::sync::Arc;
+use twofold_mmu::{DirtyGfn, RingMemory};
 
 /// Bytes in a page.
 const PAGE: usize = 4096;
@@ -24,6 +27,29 @@ pub(crate) const PIO_DATA_OFFSET: usize = PAGE;
 /// Bytes of port data that one exit carries at most.
 pub(crate) const PIO_DATA_SIZE: usize = PAGE;
 
+/// Offset of the dirty ring, in bytes.
+const DIRTY_RING_OFFSET: usize = KVM_DIRTY_LOG_PAGE_OFFSET as usize * PAGE;
+
+const fn ring_bytes(entries: u32) -> usize {
+    entries as usize * size_of::<DirtyGfn>()
+}
+
+/// Why KVM refuses a mapping of a vCPU's file: `EINVAL` for one that begins or ends in the dirty
+/// ring and is private or executable.
+pub(crate) fn mapping_check(
+    ring_entries: u32,
+    offset: u64,
+    length: usize,
+    shared: bool,
+    executable: bool,
+) -> Option<Errno> {
+    let first = DIRTY_RING_OFFSET as u64;
+    let ring = first..first + ring_bytes(ring_entries) as u64;
+    let last = offset.saturating_add((length as u64).saturating_sub(1));
+    let touches = ring.contains(&offset) || ring.contains(&last);
+    (touches && (executable || !shared)).then_some(Errno::INVAL)
+}
+
 macro_rules! exit {
     ($($path:tt)*) => {
         offset_of!(kvm_run, __bindgen_anon_1) + offset_of!(kvm_run__bindgen_ty_1, $($path)*)
@@ -32,13 +58,40 @@ macro_rules! exit {
 
 /// Our side of the shared pages.
 #[derive(Debug)]
-pub(crate) struct RunPage(SharedMemory);
+pub(crate) struct RunPage(Arc<SharedMemory>);
+
+/// The vCPU's dirty ring, for the MMU.
+pub(crate) struct VcpuRing {
+    memory: Arc<SharedMemory>,
+    entries: u32,
+}
+
+impl RingMemory for VcpuRing {
+    #[inline]
+    fn entries(&self) -> &[DirtyGfn] {
+        self.memory
+            .dirty_entries(DIRTY_RING_OFFSET, self.entries as usize)
+    }
+}
 
 impl RunPage {
     /// The pages of a new vCPU and the file that the program maps them from.
-    pub(crate) fn new(id: u32) -> Result<(Self, OwnedFd), Errno> {
-        let (memory, file) = SharedMemory::with_file(&format!("kvm-vcpu:{id}"), VCPU_MMAP_SIZE)?;
-        Ok((Self(memory), file))
+    /// With `ring_entries` there is room for a dirty ring.
+    pub(crate) fn new(id: u32, ring_entries: u32) -> Result<(Self, OwnedFd), Errno> {
+        let length = match ring_entries {
+            0 => VCPU_MMAP_SIZE,
+            entries => DIRTY_RING_OFFSET + ring_bytes(entries),
+        };
+        let (memory, file) = SharedMemory::with_file(&format!("kvm-vcpu:{id}"), length)?;
+        Ok((Self(Arc::new(memory)), file))
+    }
+
+    /// The dirty ring in these pages, which were made for as many entries.
+    pub(crate) fn ring(&self, entries: u32) -> VcpuRing {
+        VcpuRing {
+            memory: Arc::clone(&self.0),
+            entries,
+        }
     }
 
     #[inline]

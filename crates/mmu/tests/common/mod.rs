@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering}
 use std::sync::{Arc, Mutex};
 use twofold_arch::ept::{self, EptCaps, EptEntry, EptFlags};
 use twofold_arch::npt::{self, NptCaps, NptEntry, NptFlags};
-use twofold_arch::{Gpa, Hpa, Level};
+use twofold_arch::{Gpa, Hpa, Level, Pferr};
 use twofold_mmu::{Ept, Host, HostPage, MmuFormat, Npt, PopulateError, Region};
 
 pub const MAXPHYADDR: u8 = 51;
@@ -339,5 +339,43 @@ pub fn region(slot: u32, gfn: u64, pages: u64, hva_page: u64, flags: u32) -> Reg
         gpa: gfn << 12,
         size: pages << 12,
         hva: hva_page << 12,
+    }
+}
+
+/// An access by a processor that has no translation yet: walks from `root`, and sets accessed and
+/// dirty bits if it has such (`flags`). Returns whether it set a dirty bit, or the error code of the
+/// fault.
+pub fn touch<F: Processor>(
+    world: &World,
+    root: Hpa,
+    level: Level,
+    gpa: Gpa,
+    write: bool,
+    flags: bool,
+) -> Result<bool, Pferr> {
+    let access = if write { Pferr::WRITE } else { Pferr::USER };
+    let (mut table, mut level) = (root, level);
+    loop {
+        let index = level.index(gpa.frame());
+        match F::entry(world.read(table, index), level) {
+            Step::Nothing => return Err(access | Pferr::GUEST_FINAL),
+            Step::Refused => return Err(access | Pferr::GUEST_FINAL | Pferr::RSVD),
+            Step::Table(next) => {
+                table = next;
+                level = level.below().unwrap();
+            }
+            Step::Leaf { write: false, .. } if write => {
+                return Err(access | Pferr::GUEST_FINAL | Pferr::PRESENT);
+            }
+            Step::Leaf { .. } if !flags => return Ok(false),
+            Step::Leaf { .. } => {
+                let bits = F::ACCESSED | if write { F::DIRTY } else { 0 };
+                let pointer = (table.get() - world.offset) as *mut u64;
+                // SAFETY: as for `World::read`.
+                let entry = unsafe { AtomicU64::from_ptr(pointer.add(index)) };
+                let old = entry.fetch_or(bits, Ordering::AcqRel);
+                return Ok(write && old & F::DIRTY == 0);
+            }
+        }
     }
 }
