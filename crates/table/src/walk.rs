@@ -118,14 +118,21 @@ impl<'s, F: Format, S: Storage> Table<'s, F, S> {
     /// The root entry for `gpa`, which must be below [`end`](Self::end).
     #[inline(always)]
     pub(crate) fn root_at(&self, gpa: Gpa) -> At {
-        let mut page = self.root.page;
-        if F::MAX_ROOT_PAGES > 1 {
-            let number = (gpa.get() >> F::shift(self.root.height.above())) as usize;
-            debug_assert!(number < self.root.pages);
-            let number = number.min(self.root.pages - 1) as u64;
-            page = TablePage::found(Hpa::new(page.hpa().get() + (number << F::GRANULE_SHIFT)));
+        At::new(self.root_page(gpa), F::index(gpa, self.root.height))
+    }
+
+    /// The page of the root that covers `gpa`.
+    #[inline(always)]
+    fn root_page(&self, gpa: Gpa) -> TablePage {
+        if F::MAX_ROOT_PAGES == 1 {
+            return self.root.page;
         }
-        At::new(page, F::index(gpa, self.root.height))
+        let number = (gpa.get() >> F::shift(self.root.height.above())) as usize;
+        debug_assert!(number < self.root.pages);
+        let number = number.min(self.root.pages - 1) as u64;
+        TablePage::found(Hpa::new(
+            self.root.page.hpa().get() + (number << F::GRANULE_SHIFT),
+        ))
     }
 
     #[inline(always)]
@@ -160,22 +167,37 @@ impl<'s, F: Format, S: Storage> Table<'s, F, S> {
     /// Addresses at or above [`end`](Self::end) are the caller's mistake and are treated modulo it.
     #[inline]
     pub fn lookup(&self, gpa: Gpa, stop: Height) -> Seen {
-        let mut height = self.root.height;
-        let mut place = Place {
-            at: self.root_at(gpa),
-            height,
-            gpa: Gpa::new(gpa.get() & !(F::bytes(height) - 1)),
-        };
-        loop {
-            let seen = self.look(place);
+        // With a height that the compiler knows, the walk has no loop.
+        const USUAL: Height = Height::new(4);
+        match self.root.height {
+            USUAL => self.descend(USUAL, gpa, stop),
+            height => self.descend(height, gpa, stop),
+        }
+    }
+
+    #[inline(always)]
+    fn descend(&self, mut height: Height, gpa: Gpa, stop: Height) -> Seen {
+        let mut at = At::new(self.root_page(gpa), F::index(gpa, height));
+        // The place is put together once, at the end: on the way down only the entry matters.
+        let value = loop {
+            let value = self.storage.load(at);
             if height <= stop {
-                return seen;
+                break value;
             }
-            let (Entry::Table(child), Some(below)) = (seen.entry::<F>(), height.below()) else {
-                return seen;
+            let (Entry::Table(child), Some(below)) = (F::decode(value, height), height.below())
+            else {
+                break value;
             };
             height = below;
-            place = self.place(TablePage::found(child), height, gpa);
+            at = At::new(TablePage::found(child), F::index(gpa, height));
+        };
+        Seen {
+            place: Place {
+                at,
+                height,
+                gpa: Gpa::new(gpa.get() & !(F::bytes(height) - 1)),
+            },
+            value,
         }
     }
 }
