@@ -4,7 +4,6 @@ use crate::floor::Entries;
 use crate::mapper::{Mapper, Work, check};
 use crate::measure::{Contest, Meter, per_item};
 use crate::peers;
-use crate::pool;
 use crate::report::{Reach, Row};
 use crate::tables::Tables;
 use anyhow::{Result, ensure};
@@ -30,11 +29,8 @@ fn row(
     meter: Meter,
     row: impl FnOnce(crate::measure::Comparison) -> Row,
 ) -> Result<Row> {
-    // Every contender keeps its tables until the end.
-    let peers = peers::mappers()?;
-    let mut peers: Vec<_> = peers.into_iter().filter(|peer| peer.can(work)).collect();
     let leaves = bytes / level.bytes();
-    pool::reserve((leaves / 512 + bytes / GIB + 4) * (peers.len() as u64 + 1))?;
+    let mut peers = peers::mappers(work, leaves / 512 + bytes / GIB + 4)?;
     let mut ours = Tables::new()?;
     let mut entries = Entries::new(leaves)?;
     let mut contest = Contest::new(what)

@@ -27,16 +27,14 @@ pub(crate) fn rows(meter: Meter) -> Result<Vec<Row>> {
     drop(guest);
 
     let mut figures = Comparison::of(Samples::one((filled * PAGE_SIZE) as f64 / MIB));
-    for mut peer in peers::mappers()? {
-        if peer.can(Work::Map4K) {
-            peer.clear()?;
-            let root = taken() - 1;
-            peer.map(GIB, Level::L4K)?;
-            let bytes = (taken() - root) * PAGE_SIZE;
-            figures
-                .peers
-                .push((peer.name(), Samples::one(bytes as f64 / MIB)));
-        }
+    for mut peer in peers::mappers(Work::Map4K, tables(GIB))? {
+        // The root was taken before.
+        let others = taken() - 1;
+        peer.map(GIB, Level::L4K)?;
+        let bytes = (taken() - others) * PAGE_SIZE;
+        figures
+            .peers
+            .push((peer.name(), Samples::one(bytes as f64 / MIB)));
     }
     figures.floor = Some(("the leaf entries", Samples::one((GIB / 512) as f64 / MIB)));
     Ok(vec![

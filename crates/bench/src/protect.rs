@@ -58,12 +58,7 @@ fn round(mapper: &mut dyn Mapper) -> Result<f64> {
 /// Where nobody else uses the tables.
 fn exclusive(meter: Meter) -> Result<Row> {
     let what = "write-protect 1 GiB where exclusive";
-    let peers = peers::mappers()?;
-    let mut peers: Vec<_> = peers
-        .into_iter()
-        .filter(|peer| peer.can(Work::WriteProtect))
-        .collect();
-    pool::reserve(tables(GIB) * (peers.len() as u64 + 2))?;
+    let mut peers = peers::mappers(Work::WriteProtect, tables(GIB))?;
     let mut ours = Tables::new()?;
     let mut entries = Entries::new(GIB / PAGE_SIZE)?;
     let mut contest = Contest::new(what)

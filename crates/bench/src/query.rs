@@ -1,18 +1,16 @@
 //! Asking what an address is mapped to, at random.
 
 use crate::floor::BareTables;
+use crate::guest::tables;
 use crate::mapper::{HOST_BASE, Mapper, Work};
 use crate::measure::{Contest, Meter, per_item};
 use crate::peers;
-use crate::pool;
 use crate::random;
 use crate::report::{Reach, Row};
 use crate::tables::Tables;
 use anyhow::{Result, ensure};
 use std::hint::black_box;
 use twofold_arch::{Level, PAGE_SIZE};
-
-const QUERIES: usize = 1 << 18;
 
 /// One round: every query.
 fn round(mapper: &dyn Mapper, gpas: &[u64]) -> Result<f64> {
@@ -25,18 +23,12 @@ fn round(mapper: &dyn Mapper, gpas: &[u64]) -> Result<f64> {
     Ok(figure)
 }
 
-fn row(what: &'static str, bytes: u64, reach: f64, meter: Meter) -> Result<Row> {
-    let gpas: Vec<_> = random::below(bytes / PAGE_SIZE, QUERIES)
+fn row(what: &'static str, bytes: u64, queries: usize, reach: f64, meter: Meter) -> Result<Row> {
+    let gpas: Vec<_> = random::below(bytes / PAGE_SIZE, queries)
         .into_iter()
         .map(|page| page * PAGE_SIZE)
         .collect();
-    let peers = peers::mappers()?;
-    let mut peers: Vec<_> = peers
-        .into_iter()
-        .filter(|peer| peer.can(Work::Map4K))
-        .collect();
-    let tables = bytes / Level::L2M.bytes() + bytes / Level::L1G.bytes() + 4;
-    pool::reserve(tables * (peers.len() as u64 + 2))?;
+    let mut peers = peers::mappers(Work::Map4K, tables(bytes))?;
     let mut ours = Tables::new()?;
     ours.map(bytes, Level::L4K)?;
     for peer in &mut peers {
@@ -63,12 +55,14 @@ fn row(what: &'static str, bytes: u64, reach: f64, meter: Meter) -> Result<Row> 
     })
 }
 
-/// The rows about queries.
+/// The rows about queries: as many that the list of addresses does not fill the caches in the
+/// first, and that their entries do not fit into them in the second.
 pub(crate) fn rows(meter: Meter) -> Result<Vec<Row>> {
-    let mut rows = vec![row("random query over 1 GiB of 4K", 1 << 30, 3.0, meter)?];
+    let small = "random query over 1 GiB of 4K";
+    let large = "random query over 64 GiB of 4K";
+    let mut rows = vec![row(small, 1 << 30, 1 << 15, 3.0, meter)?];
     if meter == Meter::Time {
-        let large = meter.large_guest();
-        rows.push(row("random query over 64 GiB of 4K", large, 35.0, meter)?);
+        rows.push(row(large, meter.large_guest(), 1 << 20, 35.0, meter)?);
     }
     Ok(rows)
 }

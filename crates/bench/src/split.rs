@@ -26,12 +26,7 @@ fn round(mapper: &mut dyn Mapper) -> Result<f64> {
 /// The row about splitting.
 pub(crate) fn rows(meter: Meter) -> Result<Vec<Row>> {
     let what = "split a 2M leaf, no hole";
-    let peers = peers::mappers()?;
-    let mut peers: Vec<_> = peers
-        .into_iter()
-        .filter(|peer| peer.can(Work::Split))
-        .collect();
-    pool::reserve((LEAVES + 8) * (peers.len() as u64 + 2))?;
+    let mut peers = peers::mappers(Work::Split, LEAVES + 8)?;
     let mut ours = Tables::new()?;
     let mut contest =
         Contest::new(what)

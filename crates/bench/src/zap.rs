@@ -63,12 +63,7 @@ fn until_back(
     meter: Meter,
     ours: impl FnMut() -> Result<f64>,
 ) -> Result<Row> {
-    let peers = peers::mappers()?;
-    let mut peers: Vec<_> = peers
-        .into_iter()
-        .filter(|peer| peer.can(Work::Unmap))
-        .collect();
-    pool::reserve(tables(GIB) * (peers.len() as u64 + 2))?;
+    let mut peers = peers::mappers(Work::Unmap, tables(GIB))?;
     let entries = Entries::new(PAGES)?;
     let mut contest = Contest::new(what).ours(ours).floor("plain load", || {
         Ok(per_item(PAGES, || _ = std::hint::black_box(entries.load())))
