@@ -35,6 +35,11 @@ conformance: build ## KVM's own selftests and the tests of kvm-ioctls, unmodifie
 	conformance/selfcheck.sh
 	conformance/run.sh --if-available
 
+hardware: ## the tables on processors of Bochs and QEMU, in a table
+	cd hardware/x86 && $(CARGO) fmt --check
+	cd hardware/x86 && env -u RUSTFLAGS $(CARGO) clippy --quiet --target-dir ../../target/hardware -- -D warnings
+	hardware/run.sh
+
 bench: build ## figures beside what they are compared with; BENCH=--markdown for the documentation
 	$(CARGO) build --release --quiet -p twofold-bench
 	target/release/twofold-bench $(BENCH)

@@ -8,8 +8,10 @@ model=${2:-tigerlake}
 cd "$here"
 # Flags from the environment would replace those of .cargo/config.toml.
 unset RUSTFLAGS CARGO_ENCODED_RUSTFLAGS CARGO_BUILD_RUSTFLAGS CARGO_BUILD_TARGET || true
+CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$here/../../target/hardware}
+export CARGO_TARGET_DIR
 cargo build --release --quiet
-target=${CARGO_TARGET_DIR:-$here/target}
+target=$CARGO_TARGET_DIR
 elf=$target/x86_64-unknown-linux-gnu/release/twofold-hardware-x86
 work=$target/hardware-x86
 mkdir -p "$work"
