@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: help build run test check unit interleavings conformance bench bench-instructions fuzz verify-cpu clean
+.PHONY: help build run test check unit interleavings conformance hardware bench bench-instructions fuzz verify-cpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -13,11 +13,10 @@ use twofold_mmu::{Config, Outcome, RegionFlags};
 
 const VALUE: u64 = 0xfeed_beef_0000_0001;
 
+type Machine<V> = (Arc<Vm<V>>, GuestCpu<V>, Memory);
+
 /// A machine with memory of one page of this size, all of whose smaller pages are mapped at once.
-fn machine<V: Virtualization>(
-    level: Level,
-    writes: Writes,
-) -> Result<(Arc<Vm<V>>, GuestCpu<V>, Memory), Failure> {
+fn machine<V: Virtualization>(level: Level, writes: Writes) -> Result<Machine<V>, Failure> {
     let vm = Vm::new(Config::default())?;
     let memory = Memory {
         writes,
