@@ -14,6 +14,7 @@ pub mod level;
 pub mod npt;
 pub mod pferr;
 pub mod qualification;
+pub mod sppt;
 pub mod stage2;
 
 pub use addr::{Gfn, Gpa, Hfn, Hpa, PAGE_SHIFT, PAGE_SIZE};
