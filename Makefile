@@ -27,9 +27,11 @@ check: ## formatting and clippy, warnings are errors
 unit: build ## unit, model, documentation and host-comparison tests
 	$(CARGO) test --quiet --workspace
 
-interleavings: ## every interleaving of the small protocols, with loom
+interleavings: ## interleavings: loom on the small protocols, shuttle on the whole MMU
 	RUSTFLAGS="--cfg loom" CARGO_PROFILE_RELEASE_LTO=off $(CARGO) test --quiet --release \
 		-p twofold-table -p twofold-mmu -p twofold-cpu -p twofold-tdx --lib --target-dir target/loom interleavings
+	RUSTFLAGS="--cfg shuttle" CARGO_PROFILE_RELEASE_LTO=off $(CARGO) test --quiet --release \
+		-p twofold-mmu --test interleavings --target-dir target/shuttle
 
 conformance: build ## KVM's own selftests and the tests of kvm-ioctls, unmodified
 	conformance/selfcheck.sh

@@ -1,0 +1,389 @@
+//! A machine of virtual processors with TLBs, host memory that comes and goes, and table pages that
+//! know whether they are allocated. Each access to a table, by the MMU or by a processor's walk, is
+//! a point where another thread may go on; what happens between two such points is one step.
+
+use crate::common::{Processor, Step, region};
+use shuttle::sync::atomic::{AtomicBool, Ordering};
+use shuttle::thread;
+use std::collections::HashMap;
+use std::ops::Range;
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex};
+use twofold_arch::{Gfn, Hpa, Level, Pferr};
+use twofold_mmu::{
+    Config, Fault, FaultError, Host, HostPage, Mmu, Outcome, PopulateError, Reader, Root, RootRole,
+};
+
+const PAGE: u64 = 4096;
+/// Table pages of a machine.
+const TABLES: usize = 48;
+/// Host-physical address of the first.
+const TABLES_AT: u64 = 0x40_0000_0000;
+/// Accesses to one table in a row that are points of their own: whoever reads a whole table need
+/// not be interrupted at each entry.
+const POINTS_PER_TABLE: u32 = 6;
+
+/// Where another thread may go on.
+fn switch_point() {
+    AtomicBool::new(false).load(Ordering::SeqCst);
+}
+
+/// One page of host memory that a slot uses.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Memory {
+    /// Moves on whenever the page is taken away.
+    pub(crate) frame: u64,
+    pub(crate) there: bool,
+    /// Guest writes.
+    pub(crate) written: u64,
+}
+
+/// Host memory by page. A page that nobody has touched is there, at its first frame.
+#[derive(Default)]
+struct HostMemory(HashMap<u64, Memory>);
+
+impl HostMemory {
+    fn page(&mut self, page: u64) -> &mut Memory {
+        self.0.entry(page).or_insert(Memory {
+            frame: FRAMES + page,
+            there: true,
+            written: 0,
+        })
+    }
+
+    /// The page that is at `frame`, if it still is.
+    fn at(&mut self, frame: u64) -> Option<&mut Memory> {
+        let page = self.page((frame - FRAMES) % NEXT_FRAME);
+        (page.there && page.frame == frame).then_some(page)
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Translation {
+    frame: u64,
+    write: bool,
+}
+
+#[derive(Default)]
+struct Tlb {
+    translations: HashMap<(u64, u64), Translation>,
+    /// Raised by each flush: a walk that began before is void.
+    flushed: u64,
+}
+
+/// What all threads share besides the MMU. Every lock is held within one step.
+pub(crate) struct World {
+    tables: Mutex<Vec<bool>>,
+    bytes: Box<[[u64; 512]]>,
+    last: Mutex<(usize, u64, u32)>,
+    memory: Mutex<HostMemory>,
+    tlbs: Mutex<Vec<Tlb>>,
+    level: Level,
+}
+
+#[derive(Clone)]
+pub(crate) struct TestHost(Arc<World>);
+
+impl World {
+    /// A table page must be allocated when it is touched.
+    fn touch(&self, page: Hpa) -> *mut u64 {
+        let me = usize::from(shuttle::current::me());
+        let in_a_row = {
+            let mut last = self.last.lock().unwrap();
+            let again = (last.0, last.1) == (me, page.get());
+            let count = if again { last.2 + 1 } else { 0 };
+            *last = (me, page.get(), count);
+            count
+        };
+        if in_a_row < POINTS_PER_TABLE {
+            switch_point();
+        }
+        let number = ((page.get() - TABLES_AT) / PAGE) as usize;
+        assert!(
+            self.tables.lock().unwrap()[number],
+            "table {number} is touched and is not allocated"
+        );
+        self.bytes[number].as_ptr().cast_mut()
+    }
+
+    fn live_tables(&self) -> usize {
+        self.tables.lock().unwrap().iter().filter(|&&t| t).count()
+    }
+}
+
+// SAFETY: table pages are parts of one allocation that lives as long as the world; only one thread
+// runs at a time, so that every operation is a barrier.
+unsafe impl Host for TestHost {
+    fn alloc_table(&self) -> Option<Hpa> {
+        let mut tables = self.0.tables.lock().unwrap();
+        let number = tables.iter().position(|allocated| !allocated)?;
+        tables[number] = true;
+        Some(Hpa::new(TABLES_AT + number as u64 * PAGE))
+    }
+
+    fn free_table(&self, page: Hpa) {
+        let number = ((page.get() - TABLES_AT) / PAGE) as usize;
+        let was = std::mem::replace(&mut self.0.tables.lock().unwrap()[number], false);
+        assert!(was, "table {number} is freed twice");
+    }
+
+    fn table_ptr(&self, page: Hpa) -> NonNull<u64> {
+        NonNull::new(self.0.touch(page)).unwrap()
+    }
+
+    fn populate(&self, hva: u64, _write: bool) -> Result<HostPage, PopulateError> {
+        switch_point();
+        let page = *self.0.memory.lock().unwrap().page(hva / PAGE);
+        switch_point();
+        if !page.there {
+            return Err(PopulateError::Fault);
+        }
+        Ok(HostPage {
+            hpa: Hpa::new(page.frame << 12),
+            writable: true,
+            level: self.0.level,
+        })
+    }
+
+    fn flush_tlbs(&self) {
+        switch_point();
+        for tlb in self.0.tlbs.lock().unwrap().iter_mut() {
+            tlb.translations.clear();
+            tlb.flushed += 1;
+        }
+    }
+
+    fn heavy_barrier(&self) {
+        switch_point();
+    }
+
+    fn wait_hint(&self) {
+        thread::yield_now();
+    }
+}
+
+/// The machine. Slot 0 logs writes unless it is told otherwise.
+pub(crate) struct Machine<F: Processor> {
+    pub(crate) mmu: Mmu<F, TestHost>,
+    pub(crate) world: Arc<World>,
+}
+
+/// A virtual processor.
+pub(crate) struct Cpu {
+    number: usize,
+    reader: Reader,
+    root: Root,
+}
+
+/// What became of a guest access.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Access {
+    Made,
+    Mmio,
+    /// The host has no page there.
+    Lost,
+    /// Something kept changing.
+    GaveUp,
+}
+
+/// Slots: first frame, pages, host page. The second fills a table.
+pub(crate) const SLOTS: [(u64, u64, u64); 2] = [(0, 4, 0x1000), (0x200, 0x200, 0x3000)];
+const FRAMES: u64 = 0x100_0000;
+/// From a host page to the one that replaces it.
+const NEXT_FRAME: u64 = 0x1_0000;
+
+impl<F: Processor> Machine<F> {
+    /// A machine whose host memory comes in pages of `level`, with all slots of [`SLOTS`].
+    pub(crate) fn new(cpus: usize, flags: u32, level: Level, config: Config) -> Arc<Self> {
+        let world = Arc::new(World {
+            tables: Mutex::new(vec![false; TABLES]),
+            bytes: vec![[0xaaaa_aaaa_aaaa_aaaa; 512]; TABLES].into_boxed_slice(),
+            last: Mutex::default(),
+            memory: Mutex::default(),
+            tlbs: Mutex::new((0..cpus).map(|_| Tlb::default()).collect()),
+            level,
+        });
+        let mmu = Mmu::new(TestHost(Arc::clone(&world)), config);
+        let machine = Arc::new(Self { mmu, world });
+        for id in 0..SLOTS.len() {
+            machine.set_slot(id, flags);
+        }
+        machine
+    }
+
+    /// Creates or changes a slot.
+    pub(crate) fn set_slot(&self, id: usize, flags: u32) {
+        let (base, pages, host) = SLOTS[id];
+        let request = region(id as u32, base, pages, host, flags);
+        self.mmu.set_region(request).unwrap();
+    }
+
+    pub(crate) fn delete_slot(&self, id: usize) {
+        self.mmu.set_region(region(id as u32, 0, 0, 0, 0)).unwrap();
+        // Its memory is given to someone else.
+        let (_, pages, host) = SLOTS[id];
+        for page in host..host + pages {
+            self.world.memory.lock().unwrap().page(page).there = false;
+        }
+    }
+
+    pub(crate) fn cpu(&self, number: usize) -> Cpu {
+        Cpu {
+            number,
+            reader: self.mmu.reader(),
+            root: self.mmu.load_root(RootRole::NORMAL).unwrap(),
+        }
+    }
+
+    /// Host pages are replaced by others: what is written to the old ones is lost.
+    pub(crate) fn change_host(&self, hva_pages: Range<u64>) {
+        let change = self
+            .mmu
+            .host_change(hva_pages.start * PAGE..hva_pages.end * PAGE);
+        for page in hva_pages.clone() {
+            self.world.memory.lock().unwrap().page(page).there = false;
+        }
+        switch_point();
+        for page in hva_pages {
+            let mut memory = self.world.memory.lock().unwrap();
+            let page = memory.page(page);
+            page.frame += NEXT_FRAME;
+            page.there = true;
+        }
+        drop(change);
+    }
+
+    /// Reads the bitmap of slot 0 and says which pages it names, with the writes of each until now.
+    pub(crate) fn harvest(&self, reported: &mut HashMap<u64, u64>) {
+        let mut bits = [0];
+        self.mmu.dirty_log_get(0, 0, &mut bits).unwrap();
+        let (_, pages, host) = SLOTS[0];
+        let mut memory = self.world.memory.lock().unwrap();
+        for page in 0..pages {
+            if bits[0] >> page & 1 == 1 {
+                reported.insert(page, memory.page(host + page).written);
+            }
+        }
+    }
+
+    /// The writes to each page of slot 0 until now.
+    pub(crate) fn written(&self) -> HashMap<u64, u64> {
+        let (_, pages, host) = SLOTS[0];
+        let mut memory = self.world.memory.lock().unwrap();
+        (0..pages)
+            .map(|page| (page, memory.page(host + page).written))
+            .collect()
+    }
+
+    /// Every write to slot 0 has been reported.
+    pub(crate) fn check_reported(&self, reported: &mut HashMap<u64, u64>) {
+        self.harvest(reported);
+        for (page, written) in self.written() {
+            let reported = reported.get(&page).copied().unwrap_or(0);
+            assert_eq!(reported, written, "writes to page {page} were not reported");
+        }
+    }
+
+    /// Nobody runs any more: everything is as it must be, and all tables come back.
+    pub(crate) fn finish(self: Arc<Self>) {
+        let report = self.mmu.check();
+        assert!(report.violations.is_empty(), "{report}");
+        let stats = self.mmu.stats();
+        let counted = [stats.pages_4k, stats.pages_2m, stats.pages_1g];
+        assert_eq!(counted, report.leaves, "leaves are miscounted");
+        let world = Arc::clone(&self.world);
+        drop(Arc::into_inner(self).unwrap());
+        assert_eq!(world.live_tables(), 0, "tables leaked");
+    }
+
+    fn walk(&self, cpu: &Cpu, gfn: Gfn, write: bool) -> Result<Translation, Pferr> {
+        let key = (cpu.root.hpa().get(), gfn.get());
+        let error = if write { Pferr::WRITE } else { Pferr::USER };
+        'again: loop {
+            switch_point();
+            let flushed = {
+                let tlbs = self.world.tlbs.lock().unwrap();
+                let tlb = &tlbs[cpu.number];
+                if let Some(known) = tlb.translations.get(&key)
+                    && (known.write || !write)
+                {
+                    return Ok(*known);
+                }
+                tlb.flushed
+            };
+            let (mut table, mut level) = (cpu.root.hpa(), Level::L512G);
+            loop {
+                // A flush stops a walk that is going on: what it has read is forgotten. The switch
+                // to others comes first, so that it is seen before the table is touched.
+                switch_point();
+                if self.world.tlbs.lock().unwrap()[cpu.number].flushed != flushed {
+                    continue 'again;
+                }
+                let number = ((table.get() - TABLES_AT) / PAGE) as usize;
+                assert!(
+                    self.world.tables.lock().unwrap()[number],
+                    "a processor walks a table that is not allocated"
+                );
+                let entry = self.world.bytes[number][level.index(gfn)..].as_ptr();
+                // SAFETY: an entry of a table page; one thread runs at a time.
+                let entry = unsafe { std::sync::atomic::AtomicU64::from_ptr(entry.cast_mut()) };
+                let value = entry.load(std::sync::atomic::Ordering::SeqCst);
+                match F::entry(value, level) {
+                    Step::Nothing => return Err(error),
+                    Step::Refused => return Err(error | Pferr::RSVD),
+                    Step::Table(next) => {
+                        table = next;
+                        level = level.below().unwrap();
+                    }
+                    Step::Leaf { write: false, .. } if write => return Err(error | Pferr::PRESENT),
+                    Step::Leaf { hpa, write, .. } => {
+                        // Accessed, and dirty if it is written, in the same step.
+                        let dirty = if error.is_write() { F::DIRTY } else { 0 };
+                        let used = value | F::ACCESSED | dirty;
+                        entry.store(used, std::sync::atomic::Ordering::SeqCst);
+                        let offset = gfn.get() & (level.frames() - 1);
+                        let found = Translation {
+                            frame: (hpa.get() >> 12) + offset,
+                            write: write && (error.is_write() || value & F::DIRTY != 0),
+                        };
+                        let mut tlbs = self.world.tlbs.lock().unwrap();
+                        tlbs[cpu.number].translations.insert(key, found);
+                        return Ok(found);
+                    }
+                }
+            }
+        }
+    }
+
+    /// A guest access, made by running the guest and resolving its faults.
+    pub(crate) fn access(&self, cpu: &mut Cpu, gfn: u64, write: bool) -> Access {
+        let gfn = Gfn::new(gfn);
+        for _ in 0..12 {
+            let error = match self.walk(cpu, gfn, write) {
+                Ok(found) => {
+                    let mut memory = self.world.memory.lock().unwrap();
+                    let page = memory.at(found.frame);
+                    let page = page.unwrap_or_else(|| panic!("{gfn:?} reaches a lost page"));
+                    page.written += u64::from(write);
+                    return Access::Made;
+                }
+                Err(error) => error,
+            };
+            let fault = Fault {
+                gpa: gfn.address(),
+                error,
+            };
+            match self.mmu.fault(&mut cpu.reader, &cpu.root, fault) {
+                Ok(Outcome::Fixed { .. } | Outcome::Spurious) => {}
+                Ok(Outcome::Mmio) => return Access::Mmio,
+                Ok(Outcome::Retry) => thread::yield_now(),
+                Ok(Outcome::ObsoleteRoot) => {
+                    cpu.root = self.mmu.load_root(RootRole::NORMAL).unwrap();
+                }
+                Err(FaultError::BadHostMemory) => return Access::Lost,
+                Err(error) => panic!("{error}"),
+            }
+        }
+        Access::GaveUp
+    }
+}
