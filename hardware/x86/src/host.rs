@@ -81,6 +81,9 @@ pub struct Hypervisor {
     memory: Mutex<Vec<HostRange>>,
     /// Breaks the promise of `flush_tlbs`, so that a scenario can show what happens then.
     pub forget_to_flush: AtomicBool,
+    /// Called after each barrier: lets a scenario decide what the other processor's guest has done
+    /// between a barrier and the change that follows it.
+    pub after_barrier: Mutex<Option<fn()>>,
     /// How often the MMU asked for a flush.
     pub flushes: AtomicU64,
 }
@@ -148,6 +151,13 @@ unsafe impl Host for Hypervisor {
         })
     }
 
+    fn mapping_level(&self, hva: u64) -> Level {
+        // `populate` knows it already; asked where leaves were small for another reason.
+        let memory = self.memory.lock();
+        let range = memory.iter().rev().find(|range| range.hva.contains(&hva));
+        range.map_or(Level::L4K, |range| range.level)
+    }
+
     fn flush_tlbs(&self) {
         self.flushes.fetch_add(1, Ordering::Relaxed);
         if !self.forget_to_flush.load(Ordering::Relaxed) {
@@ -157,6 +167,10 @@ unsafe impl Host for Hypervisor {
 
     fn heavy_barrier(&self) {
         smp::interrupt_everywhere();
+        let after = *self.after_barrier.lock();
+        if let Some(after) = after {
+            after();
+        }
     }
 
     fn wait_hint(&self) {

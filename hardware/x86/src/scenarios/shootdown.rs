@@ -149,8 +149,15 @@ where
     vm.add_memory(memory)?;
     let background = Background::start(&vm, Operation::WriteForever(memory.gpa))?;
     let (here, there) = (Hpa::new(memory.hpa), Hpa::new(memory.hpa + 0x1000));
+    // The barrier makes the guest leave, too. It must have come back before the page goes.
+    *vm.host().after_barrier.lock() = Some(|| {
+        let before = guest::load(report(1));
+        // If it does not get on the scenario fails by itself.
+        let _ = wait_until("", || guest::load(report(1)) >= before + STEPS);
+    });
     vm.host().forget_to_flush.store(true, Ordering::SeqCst);
     let stale = move_memory(&background, &memory, here, there)?;
+    *vm.host().after_barrier.lock() = None;
     vm.host().forget_to_flush.store(false, Ordering::SeqCst);
     vm.zap_all();
     background.goes_on()?;
