@@ -121,7 +121,7 @@ impl<F: Format, S: Storage> Table<'_, F, S> {
         seen: Seen,
         range: Range<Gpa>,
         target: Height,
-        mut leaf: impl FnMut(Gpa) -> u64,
+        leaf: impl Fn(Gpa) -> u64 + Copy,
         pages: &mut impl PageSource,
     ) -> Result<(), BuildError> {
         let below = match seen.place.height.below() {
@@ -139,7 +139,7 @@ impl<F: Format, S: Storage> Table<'_, F, S> {
         let last = seen.place.gpa.get() + (F::bytes(seen.place.height) - 1);
         let end = (range.end.get() - 1).min(last);
         let page = self
-            .build(below, target, start, end, &mut leaf, pages)
+            .build(below, target, start, end, leaf, pages)
             .ok_or(BuildError::OutOfPages)?;
         let value = F::table_entry(page.hpa());
         self.storage
@@ -160,7 +160,7 @@ impl<F: Format, S: Storage> Table<'_, F, S> {
         &self,
         range: Range<Gpa>,
         target: Height,
-        mut leaf: impl FnMut(Gpa) -> u64,
+        leaf: impl Fn(Gpa) -> u64 + Copy,
         pages: &mut impl PageSource,
     ) -> Result<u64, BuildError> {
         let mut made = 0;
@@ -174,7 +174,7 @@ impl<F: Format, S: Storage> Table<'_, F, S> {
                 continue;
             }
             let result = if place.height > target {
-                self.link_range(seen, range.clone(), target, &mut leaf, pages)
+                self.link_range(seen, range.clone(), target, leaf, pages)
             } else {
                 self.install(seen, leaf(place.gpa))
                     .map_err(|_| BuildError::Raced)
@@ -201,7 +201,7 @@ impl<F: Format, S: Storage> Table<'_, F, S> {
         target: Height,
         start: u64,
         last: u64,
-        leaf: &mut impl FnMut(Gpa) -> u64,
+        leaf: impl Fn(Gpa) -> u64 + Copy,
         pages: &mut impl PageSource,
     ) -> Option<TablePage> {
         let page = pages.take()?;

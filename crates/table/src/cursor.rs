@@ -2,7 +2,7 @@
 
 use crate::format::{Entry, Format, Height};
 use crate::storage::{Storage, TablePage};
-use crate::walk::{Place, Seen, Table};
+use crate::walk::{Seen, Table};
 use core::ops::Range;
 use twofold_arch::Gpa;
 
@@ -60,8 +60,25 @@ impl<'s, F: Format, S: Storage> Cursor<'s, F, S> {
         clippy::should_implement_trait,
         reason = "lends; the caller may skip in between"
     )]
-    #[inline]
+    #[inline(always)]
     pub fn next(&mut self) -> Option<Seen> {
+        let beside = self.position.wrapping_add(F::bytes(Height::LEAF));
+        let in_same_table = beside & (F::bytes(Height::LEAF.above()) - 1) != 0;
+        if self.step == Step::Advance && self.height == Height::LEAF && in_same_table {
+            // From one of the smallest pages to the next in its table: most steps of a long range.
+            self.position = beside;
+            if beside >= self.end {
+                return None;
+            }
+            let page = self.pages[usize::from(Height::LEAF.get())];
+            let place = self.table.place(page, Height::LEAF, Gpa::new(beside));
+            return Some(self.table.look(place));
+        }
+        self.next_elsewhere()
+    }
+
+    #[inline(never)]
+    fn next_elsewhere(&mut self) -> Option<Seen> {
         match self.step {
             Step::Look => {}
             Step::Advance => self.advance(),
@@ -76,16 +93,11 @@ impl<'s, F: Format, S: Storage> Cursor<'s, F, S> {
             return None;
         }
         let gpa = Gpa::new(self.position);
-        let place = if self.height == self.table.root().height {
-            Place {
-                at: self.table.root_at(gpa),
-                height: self.height,
-                gpa: Gpa::new(self.position & !(F::bytes(self.height) - 1)),
-            }
-        } else {
-            self.table
-                .place(self.pages[usize::from(self.height.get())], self.height, gpa)
-        };
+        let height = usize::from(self.height.get());
+        if self.height == self.table.root().height {
+            self.pages[height] = self.table.root_at(gpa).page();
+        }
+        let place = self.table.place(self.pages[height], self.height, gpa);
         let seen = self.table.look(place);
         self.step = match seen.entry::<F>() {
             Entry::Table(child) if self.height != Height::LEAF => {
@@ -106,7 +118,6 @@ impl<'s, F: Format, S: Storage> Cursor<'s, F, S> {
         self.step = Step::Look;
     }
 
-    #[inline]
     fn advance(&mut self) {
         let size = F::bytes(self.height);
         self.position = (self.position & !(size - 1)).saturating_add(size);

@@ -50,7 +50,7 @@ impl<'s, F: Format, S: Storage> Exclusive<'s, F, S> {
         &mut self,
         range: Range<Gpa>,
         target: Height,
-        leaf: impl FnMut(Gpa) -> u64,
+        leaf: impl Fn(Gpa) -> u64 + Copy,
         pages: &mut impl PageSource,
     ) -> Result<u64, BuildError> {
         self.table.map_range(range, target, leaf, pages)
