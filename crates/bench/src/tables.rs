@@ -48,11 +48,11 @@ pub(crate) struct Tables {
     root: RootTable,
 }
 
-/// The leaf for the page at `gpa`.
-#[inline(always)]
-fn leaf(gpa: Gpa, level: Level) -> u64 {
+/// The leaf of this level for the page at guest-physical address 0; those of other pages differ in
+/// the address only.
+fn first_leaf(level: Level) -> u64 {
     let leaf = Leaf {
-        hpa: Hpa::new(HOST_BASE + gpa.get()),
+        hpa: Hpa::new(HOST_BASE),
         level,
         writable: Writable::Yes,
         executable: true,
@@ -121,10 +121,11 @@ impl Mapper for Tables {
     }
 
     fn map(&mut self, bytes: u64, level: Level) -> Result<()> {
+        let first = first_leaf(level);
         let made = self.exclusive().map_range(
             range(bytes),
             level.into(),
-            |gpa| leaf(gpa, level),
+            move |gpa: Gpa| first + gpa.get(),
             &mut Pool,
         );
         match made {
@@ -134,16 +135,16 @@ impl Mapper for Tables {
     }
 
     fn split(&mut self, bytes: u64) -> Result<()> {
+        let first = first_leaf(Level::L4K);
         // As in the MMU: other threads may use the table meanwhile.
         let mut cursor = Cursor::new(self.table(), range(bytes));
         while let Some(seen) = cursor.next() {
             if seen.entry::<Ept>() != Entry::Leaf {
                 continue;
             }
-            let split =
-                cursor
-                    .table()
-                    .split(seen, |gpa| leaf(gpa, Level::L4K), 0, &mut Pool, |_| {});
+            let split = cursor
+                .table()
+                .split(seen, move |gpa: Gpa| first + gpa.get(), 0, &mut Pool, |_| {});
             match split {
                 Ok(()) => {}
                 Err(BuildError::Raced) => cursor.again(),
