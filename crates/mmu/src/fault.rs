@@ -9,10 +9,10 @@ use crate::host::{Host, HostPage, PopulateError};
 use crate::invalidation::Snapshot;
 use crate::mmu::Mmu;
 use crate::nx_huge_pages::NX_SPLIT;
-use crate::reader::{Counter, KnownSlot, Memory, Reader, ReaderState, Sections};
+use crate::reader::{Counter, Half, KnownSlot, Memory, Reader, ReaderState, Sections};
 use crate::region::RegionFlags;
 use crate::root::{Root, RootState};
-use crate::slots::{SlotInfo, SlotTree, UPDATE_IN_PROGRESS};
+use crate::slots::UPDATE_IN_PROGRESS;
 use crate::spte::{self, AdBits, Leaf, Writable};
 use crate::tables::Pages;
 use twofold_arch::{Gfn, Gpa, Hpa, Level, Pferr};
@@ -54,12 +54,43 @@ pub enum FaultError {
     /// The slot's host memory is known to be bad: `-EHWPOISON`.
     #[error("host memory of the slot is poisoned")]
     Poisoned,
+    /// The access is private and the memory is not, or the other way round; or the memory is private
+    /// and there is no slot with a private half: `-EFAULT` with `KVM_EXIT_MEMORY_FAULT`.
+    #[error("the access is of the wrong kind, private or shared")]
+    WrongKind {
+        /// The access was private.
+        private: bool,
+    },
+    /// [`BadHostMemory`](Self::BadHostMemory) of the private half: the guest memory file is gone.
+    #[error("private memory of the slot is not accessible")]
+    BadPrivateMemory,
+    /// [`Poisoned`](Self::Poisoned) of the private half.
+    #[error("private memory of the slot is poisoned")]
+    PoisonedPrivate,
     /// A signal came while host memory was being made present: `-EINTR`.
     #[error("interrupted by a signal")]
     Interrupted,
     /// No page for a table could be had: `-ENOMEM`.
     #[error("no memory for a table page")]
     OutOfMemory,
+}
+
+impl FaultError {
+    /// The host has no page for this half of the slot.
+    pub(crate) const fn bad(known: &KnownSlot) -> Self {
+        match known.half {
+            Half::Shared => Self::BadHostMemory,
+            Half::Private { .. } => Self::BadPrivateMemory,
+        }
+    }
+
+    /// The page of this half of the slot is poisoned.
+    pub(crate) const fn poisoned(known: &KnownSlot) -> Self {
+        match known.half {
+            Half::Shared => Self::Poisoned,
+            Half::Private { .. } => Self::PoisonedPrivate,
+        }
+    }
 }
 
 /// What an attempt to map came to.
@@ -124,24 +155,36 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         for _ in 0..ATTEMPTS {
             let snapshot = self.invalidation.snapshot();
             let Some(known) = self.find_slot(sections, memory, root.role.as_id(), gfn) else {
+                if self.is_private(gfn) {
+                    return Err(FaultError::WrongKind { private: true });
+                }
                 return self.no_slot(state, sections, memory, root, fault.gpa);
+            };
+            let known = match self.config.private_memory {
+                None => known,
+                Some(policy) => match self.half_of(policy, sections, known, gfn, error)? {
+                    Some(known) => known,
+                    None => return Ok(Outcome::Retry),
+                },
             };
             if error.is_write() && known.info.flags.contains(RegionFlags::READONLY) {
                 return Ok(Outcome::Mmio);
             }
-            let page = match self
-                .host()
-                .populate(known.info.hva_of(gfn), error.is_write())
-            {
+            let address = known.info.hva_of(gfn);
+            let populated = match known.half {
+                Half::Shared => self.host().populate(address, error.is_write()),
+                Half::Private { .. } => self.host().populate_private(address, error.is_write()),
+            };
+            let page = match populated {
                 Ok(page) if error.is_write() && !page.writable => {
-                    return self.refused(&known, snapshot, FaultError::BadHostMemory);
+                    return self.refused(&known, snapshot, FaultError::bad(&known));
                 }
                 Ok(page) => page,
                 Err(PopulateError::Fault) => {
-                    return self.refused(&known, snapshot, FaultError::BadHostMemory);
+                    return self.refused(&known, snapshot, FaultError::bad(&known));
                 }
                 Err(PopulateError::Poisoned) => {
-                    return self.refused(&known, snapshot, FaultError::Poisoned);
+                    return self.refused(&known, snapshot, FaultError::poisoned(&known));
                 }
                 Err(PopulateError::Interrupted) => return Err(FaultError::Interrupted),
                 Err(PopulateError::Again) => return Ok(Outcome::Retry),
@@ -164,7 +207,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     /// have stood still since they were looked up: a program may delete a slot and unmap its
     /// memory while a fault on it is in flight, and nothing waits for a fault that asks the host.
     #[cold]
-    fn refused(
+    pub(crate) fn refused(
         &self,
         known: &KnownSlot,
         snapshot: Snapshot,
@@ -239,6 +282,8 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         let known = KnownSlot {
             info: found.info(),
             hint: found.hint(generation),
+            half: Half::Shared,
+            prepared: false,
         };
         memory.slots[usize::from(as_id)] = Some(known);
         Some(known)
@@ -272,6 +317,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         if !self.invalidation.is_quiet_since(snapshot)
             || !known.hint.is_of(space.generation())
             || root.is_obsolete()
+            || !self.kind_stands(known, gfn, Level::L4K)
         {
             return None;
         }
@@ -281,7 +327,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             return None;
         }
         table
-            .install(seen, small_leaf(&known.info, page, root.ad).encode::<F>())
+            .install(seen, small_leaf(known, page, root.ad).encode::<F>())
             .ok()?;
         state.count_mapped(Level::L4K);
         Some(Outcome::Fixed { level: Level::L4K })
@@ -291,7 +337,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     /// someone was faster and the fault has to look again.
     #[expect(clippy::too_many_arguments, reason = "the state of one fault")]
     #[inline(never)]
-    fn map_anywhere(
+    pub(crate) fn map_anywhere(
         &self,
         state: &ReaderState,
         sections: &mut Sections<'_>,
@@ -367,17 +413,12 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         {
             return Attempt::Done(Outcome::Retry);
         }
-        let Some(space) = self.spaces.get(usize::from(known.info.as_id)) else {
+        let Some(slot) = self.slot_of(known, gfn, &section) else {
             return Attempt::Done(Outcome::Retry);
         };
-        let slot = match SlotTree::recall(known.hint, space.generation(), &section) {
-            Some(slot) => slot,
-            // The slots are changing, perhaps elsewhere: this one must still be what it was.
-            None => match space.tree.find(gfn, &section) {
-                Some(slot) if slot.info == known.info && !slot.is_invalid() => slot,
-                _ => return Attempt::Done(Outcome::Retry),
-            },
-        };
+        if !self.kind_stands(known, gfn, level) {
+            return Attempt::Done(Outcome::Retry);
+        }
         if root.is_obsolete() {
             return Attempt::Done(Outcome::ObsoleteRoot);
         }
@@ -389,7 +430,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             hpa: Hpa::new(page.hpa.get() & !(level.bytes() - 1)),
             level,
             executable: level == Level::L4K || !self.nx_huge_pages(),
-            ..small_leaf(&known.info, &page, root.ad)
+            ..small_leaf(known, &page, root.ad)
         };
         let writable = leaf.writable == Writable::Yes;
         let epoch = self.epoch(&section);
@@ -400,10 +441,11 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         };
         let seen = remembered.unwrap_or_else(|| table.lookup(fault.gpa, target));
         let found = seen.entry::<F>();
+        let enough = known.prepared || spte::allows::<F>(seen.value(), fault.error);
         // Nothing smaller is here yet: worth a question to the host, once for each table.
         if !asked
             && seen.place().height() > Height::LEAF
-            && !(found == Entry::Leaf && spte::allows::<F>(seen.value(), fault.error))
+            && !(found == Entry::Leaf && enough)
             && self.largest_level(&known.info, gfn) > Level::L4K
         {
             return Attempt::AskHost;
@@ -411,7 +453,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         match found {
             Entry::Empty | Entry::Special => {}
             Entry::Frozen => return Attempt::Done(Outcome::Retry),
-            Entry::Leaf if spte::allows::<F>(seen.value(), fault.error) => {
+            Entry::Leaf if enough => {
                 return Attempt::Done(Outcome::Spurious);
             }
             Entry::Leaf if seen.place().height() > target => {
@@ -459,7 +501,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         if writable && !slot.mark_dirty(gfn, state) {
             return Attempt::Done(Outcome::Retry);
         }
-        let entry = leaf.encode::<F>();
+        let entry = entry::<F>(known, leaf);
         if missing == 0 {
             if table.install(seen, entry).is_err() {
                 return Attempt::Again;
@@ -610,21 +652,35 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     }
 }
 
+/// The entry for a leaf of a slot. One that is only prepared is not dirty, as far as that can be
+/// seen from the entry.
+#[inline(always)]
+pub(crate) fn entry<F: MmuFormat>(known: &KnownSlot, leaf: Leaf) -> u64 {
+    match known.prepared {
+        true => leaf.encode::<F>() & !F::DIRTY,
+        false => leaf.encode::<F>(),
+    }
+}
+
 /// The leaf for a 4K page of a slot.
 #[inline(always)]
-fn small_leaf(slot: &SlotInfo, page: &HostPage, ad: AdBits) -> Leaf {
+pub(crate) fn small_leaf(known: &KnownSlot, page: &HostPage, ad: AdBits) -> Leaf {
+    let slot = &known.info;
     let writable = page.writable && !slot.flags.contains(RegionFlags::READONLY);
     Leaf {
         hpa: page.hpa,
         level: Level::L4K,
-        writable: if writable {
-            Writable::Yes
-        } else {
-            Writable::ReadOnly
+        writable: match writable {
+            false => Writable::ReadOnly,
+            // Nobody writes yet; the first who does is to be noticed.
+            true if known.prepared && slot.flags.contains(RegionFlags::LOG_DIRTY) => {
+                Writable::Logged
+            }
+            true => Writable::Yes,
         },
         executable: true,
-        accessed: true,
-        private: false,
+        accessed: !known.prepared,
+        private: known.is_private(),
         ad,
     }
 }

@@ -38,6 +38,40 @@ pub unsafe trait Host: Send + Sync {
     /// See [`PopulateError`].
     fn populate(&self, hva: u64, write: bool) -> Result<HostPage, PopulateError>;
 
+    /// [`populate`](Self::populate) for the private half of a slot: `address` is one that the
+    /// hypervisor gave when the slot was bound to a guest memory file
+    /// ([`set_region_with_guest_memory`](crate::Mmu::set_region_with_guest_memory)). Makes the page
+    /// present, zeroed if it was not there before.
+    ///
+    /// # Errors
+    /// See [`PopulateError`]; [`Fault`](PopulateError::Fault) once the file is gone.
+    fn populate_private(&self, address: u64, write: bool) -> Result<HostPage, PopulateError> {
+        self.populate(address, write)
+    }
+
+    /// [`populate`](Self::populate) for reading, or [`populate_private`](Self::populate_private),
+    /// of consecutive pages from `address` on, as many as `pages` has room for. How many were made
+    /// present, and why it ended if not all were.
+    fn populate_range(
+        &self,
+        address: u64,
+        private: bool,
+        pages: &mut [HostPage],
+    ) -> (usize, Option<PopulateError>) {
+        for (number, page) in pages.iter_mut().enumerate() {
+            let address = address + ((number as u64) << twofold_arch::PAGE_SHIFT);
+            let result = match private {
+                true => self.populate_private(address, false),
+                false => self.populate(address, false),
+            };
+            match result {
+                Ok(found) => *page = found,
+                Err(error) => return (number, Some(error)),
+            }
+        }
+        (pages.len(), None)
+    }
+
     /// The largest host mapping that holds the page at `hva`, which was made present a moment ago:
     /// asked where a larger leaf could be built, when [`populate`](Self::populate) did not say so
     /// by itself. May make a system call; never called in a read section or with a lock.

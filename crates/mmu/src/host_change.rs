@@ -1,9 +1,11 @@
 //! Changes of host memory under the guest: what Linux calls an MMU notifier.
 
+use crate::filter::{RangeFilter, RangeOperation};
 use crate::format::MmuFormat;
 use crate::host::Host;
 use crate::mmu::{Mmu, Writer};
 use crate::slots::SlotInfo;
+use alloc::vec::Vec;
 use core::ops::Range;
 use twofold_arch::{Gfn, PAGE_SHIFT, PAGE_SIZE};
 use twofold_table::Debt;
@@ -70,6 +72,55 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         self.invalidation.end();
     }
 
+    /// [`begin_host_change`](Self::begin_host_change) of private memory: `addresses` are those that
+    /// the hypervisor gave its guest memory files. What the guest had mapped there is gone when
+    /// this returns, and what it had mapped of the shared half stays.
+    pub fn begin_private_change(&self, addresses: Range<u64>) -> PendingChange {
+        let operations = {
+            let mut writer = self.lock();
+            self.invalidation.begin(addresses.clone());
+            let mut operations = Vec::new();
+            writer
+                .by_private
+                .overlapping(addresses.clone(), |as_id, id| {
+                    let slot = self.slot_by_id(&writer, as_id, id);
+                    if let Some((info, address)) =
+                        slot.and_then(|slot| Some((slot.info, slot.private?)))
+                    {
+                        let half = SlotInfo {
+                            hva: address,
+                            ..info
+                        };
+                        operations.push(RangeOperation {
+                            as_id,
+                            gfns: frames_in(&half, &addresses),
+                            filter: RangeFilter::Private,
+                            may_block: true,
+                        });
+                    }
+                });
+            if !operations.is_empty() {
+                let _readers = self.synchronize(&mut writer);
+            }
+            operations
+        };
+        // Slots that come now cannot map the range before the change ends, and slots that go take
+        // their mappings along.
+        for operation in &operations {
+            self.zap_range(operation);
+        }
+        PendingChange { mmu: self.id }
+    }
+
+    /// Whether a slot is bound to any of these addresses of guest memory files.
+    pub fn is_bound(&self, addresses: Range<u64>) -> bool {
+        let mut any = false;
+        self.lock()
+            .by_private
+            .overlapping(addresses, |_, _| any = true);
+        any
+    }
+
     fn begin(&self, hva: Range<u64>) {
         let mut writer = self.lock();
         // Recorded even if no slot has memory there: one may be created before the change ends.
@@ -84,7 +135,13 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         let mut debt = Debt::none();
         writer.by_hva.overlapping(hva.clone(), |as_id, id| {
             if let Some(slot) = self.slot_by_id(writer, as_id, id) {
-                self.zap_gfns(writer, as_id, frames_in(&slot.info, &hva), &mut debt);
+                let operation = RangeOperation {
+                    as_id,
+                    gfns: frames_in(&slot.info, &hva),
+                    filter: RangeFilter::Shared,
+                    may_block: false,
+                };
+                self.zap_gfns(writer, &operation, &mut debt);
             }
         });
         self.pay(writer, debt);

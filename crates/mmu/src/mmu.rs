@@ -1,8 +1,10 @@
 //! The MMU of one VM.
 
+use crate::attributes::Attributes;
 use crate::dirty_ring::{DirtyRing, RingMemory};
 use crate::format::MmuFormat;
 use crate::garbage::Garbage;
+use crate::guest_memory::PrivateMemory;
 use crate::host::Host;
 use crate::invalidation::Invalidation;
 use crate::invariants::Locked;
@@ -46,6 +48,8 @@ pub struct Config {
     /// Whether executable memory is mapped with the smallest pages only (KVM's `nx_huge_pages`):
     /// processors with the erratum "machine check on page size change" need it.
     pub nx_huge_pages: bool,
+    /// What private memory is like in this type of VM, if there is any.
+    pub private_memory: Option<PrivateMemory>,
 }
 
 impl Default for Config {
@@ -58,6 +62,7 @@ impl Default for Config {
             pml: false,
             eager_split: true,
             nx_huge_pages: false,
+            private_memory: None,
         }
     }
 }
@@ -78,6 +83,7 @@ pub struct Mmu<F: MmuFormat, H: Host> {
     pub(crate) id: u64,
     pub(crate) spaces: [AddressSpace; ADDRESS_SPACES],
     pub(crate) invalidation: Invalidation,
+    pub(crate) attributes: Attributes,
     /// Raised whenever tables have been unlinked.
     pub(crate) unlinked: AtomicU64,
     pub(crate) mmio: Option<MmioEncoding>,
@@ -110,6 +116,8 @@ pub(crate) struct Writer<F: MmuFormat> {
     /// The first frame of each slot, by id.
     pub(crate) ids: [Vec<Option<Gfn>>; ADDRESS_SPACES],
     pub(crate) by_hva: HvaIndex,
+    /// Slots by the addresses of their private halves.
+    pub(crate) by_private: HvaIndex,
     /// Pages in all slots.
     pub(crate) slot_pages: u64,
     /// The slot whose leaves are being changed so that writes are noticed, part by part.
@@ -136,6 +144,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
             spaces: core::array::from_fn(AddressSpace::new),
             invalidation: Invalidation::new(),
+            attributes: Attributes::new(config.maxphyaddr),
             unlinked: AtomicU64::new(0),
             mmio: MmioEncoding::new::<F>(config.maxphyaddr),
             slot_zap_all: AtomicBool::new(config.slot_zap_all),
@@ -149,6 +158,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                 garbage: Garbage::default(),
                 ids: [const { Vec::new() }; ADDRESS_SPACES],
                 by_hva: HvaIndex::new(),
+                by_private: HvaIndex::new(),
                 slot_pages: 0,
                 begins_to_log: None,
                 departed: ReaderStats::default(),

@@ -29,11 +29,27 @@ pub(crate) struct Memory {
     pub(crate) pool: Pool,
 }
 
+/// Which memory of a slot a fault is about.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Half {
+    /// The memory of the hypervisor's program.
+    Shared,
+    /// The guest memory file's, whose address stands in `info.hva` in the place of the slot's own,
+    /// which is kept here.
+    Private {
+        /// The address of the shared half.
+        shared: u64,
+    },
+}
+
 /// A slot that was found, with a copy of what does not change.
 #[derive(Clone, Copy)]
 pub(crate) struct KnownSlot {
     pub(crate) info: SlotInfo,
     pub(crate) hint: SlotHint,
+    pub(crate) half: Half,
+    /// The mapping is only prepared, for an access that may come.
+    pub(crate) prepared: bool,
 }
 
 impl core::fmt::Debug for KnownSlot {

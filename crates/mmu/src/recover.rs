@@ -36,7 +36,12 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     ///
     /// The caller holds the slots' lock and not the writers'.
     pub(crate) fn recover_range(&self, slot: &SlotInfo, gfns: Range<Gfn>) {
-        if slot.flags.contains(RegionFlags::LOG_DIRTY) {
+        // Of a slot with two halves it is not known here which host page to ask about; the next
+        // fault on each table knows.
+        if slot
+            .flags
+            .intersects(RegionFlags::LOG_DIRTY | RegionFlags::GUEST_MEMFD)
+        {
             return;
         }
         for root in self.roots_of(slot.as_id) {

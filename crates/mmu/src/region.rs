@@ -10,6 +10,8 @@ bitflags! {
         const LOG_DIRTY = 1 << 0;
         /// `KVM_MEM_READONLY`: writes exit as MMIO.
         const READONLY = 1 << 1;
+        /// `KVM_MEM_GUEST_MEMFD`: the slot has a private half, in a guest memory file.
+        const GUEST_MEMFD = 1 << 2;
     }
 }
 
@@ -39,8 +41,8 @@ pub struct Region {
 /// Why a region is refused. [`kind`](Self::kind) says which errno KVM returns for it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum RegionError {
-    /// An unknown flag.
-    #[error("unknown flags {0:#x}")]
+    /// An unknown flag, or flags that exclude each other.
+    #[error("flags {0:#x} are unknown here or exclude each other")]
     Flags(u32),
     /// The size is not a multiple of the page size.
     #[error("the size is not a multiple of the page size")]
@@ -72,6 +74,9 @@ pub enum RegionError {
     /// The range ends beyond what the tables can map.
     #[error("beyond the guest-physical addresses that the tables can map")]
     BeyondTables,
+    /// The guest memory file does not fit.
+    #[error("guest memory file: {0}")]
+    GuestMemory(crate::guest_memory::GuestMemoryError),
     /// No memory for the slot's own data.
     #[error("out of memory")]
     OutOfMemory,
@@ -86,6 +91,8 @@ pub enum RegionErrorKind {
     Exists,
     /// `-ENOMEM`.
     NoMemory,
+    /// `-EBADF`.
+    BadDescriptor,
 }
 
 impl RegionError {
@@ -94,6 +101,7 @@ impl RegionError {
         match self {
             Self::Overlap => RegionErrorKind::Exists,
             Self::OutOfMemory => RegionErrorKind::NoMemory,
+            Self::GuestMemory(error) => error.kind(),
             _ => RegionErrorKind::Invalid,
         }
     }

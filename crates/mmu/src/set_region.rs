@@ -1,7 +1,9 @@
 //! `KVM_SET_USER_MEMORY_REGION`: what is refused in which order, and how a change is carried out
 //! under running guests (SPEC 6.10).
 
+use crate::filter::{RangeFilter, RangeOperation};
 use crate::format::MmuFormat;
+use crate::guest_memory::GuestMemoryError;
 use crate::host::Host;
 use crate::mmu::{Mmu, Writer};
 use crate::region::{ADDRESS_SPACES, MAX_SLOT_PAGES, Region, RegionError, RegionFlags, USER_SLOTS};
@@ -22,8 +24,13 @@ struct Checked {
 
 impl Checked {
     /// The checks that need no look at the slots, in KVM's order.
-    fn new(region: &Region, hva_end: u64) -> Result<Self, RegionError> {
+    fn new(region: &Region, hva_end: u64, private: bool) -> Result<Self, RegionError> {
         let flags = RegionFlags::from_bits(region.flags).ok_or(RegionError::Flags(region.flags))?;
+        if flags.contains(RegionFlags::GUEST_MEMFD)
+            && (!private || flags.intersects(RegionFlags::LOG_DIRTY | RegionFlags::READONLY))
+        {
+            return Err(RegionError::Flags(region.flags));
+        }
         if !region.size.is_multiple_of(PAGE_SIZE) {
             return Err(RegionError::Size);
         }
@@ -90,7 +97,24 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     /// # Errors
     /// In the order of SPEC 6.10; nothing has changed then.
     pub fn set_region(&self, region: Region) -> Result<(), RegionError> {
-        let wanted = Checked::new(&region, self.config.hva_end)?.info;
+        self.set_region_with_guest_memory(region, || Err(GuestMemoryError::BadDescriptor))
+    }
+
+    /// [`set_region`](Self::set_region) of a slot that may have a private half
+    /// ([`RegionFlags::GUEST_MEMFD`]). `bind` says where that is: the address of the slot's first
+    /// private byte, in the host's addresses for guest memory files, which stays valid until the slot is
+    /// gone. It is called at most once, after everything else has been checked, and with locks
+    /// of the MMU held.
+    ///
+    /// # Errors
+    /// As [`set_region`](Self::set_region); of the file last.
+    pub fn set_region_with_guest_memory(
+        &self,
+        region: Region,
+        bind: impl FnOnce() -> Result<u64, GuestMemoryError>,
+    ) -> Result<(), RegionError> {
+        let private = self.config.private_memory.is_some();
+        let wanted = Checked::new(&region, self.config.hva_end, private)?.info;
         let _slots = self.lock_slots();
         let mut writer = self.lock();
         let change = self.classify(&writer, &wanted)?;
@@ -99,6 +123,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             Change::Nothing => return Ok(()),
             Change::Create => {
                 let slot = self.new_slot(wanted, None)?;
+                let slot = slot.with_private(self.bind(&writer, &wanted, bind)?);
                 self.enter_slot(&mut writer, slot);
             }
             Change::Flags => self.change_flags(&mut writer, wanted)?,
@@ -142,9 +167,10 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             }
             Some(old) => {
                 let changed = old.flags ^ wanted.flags;
-                if old.hva != wanted.hva
+                if wanted.flags.contains(RegionFlags::GUEST_MEMFD)
+                    || old.hva != wanted.hva
                     || old.pages != wanted.pages
-                    || changed.contains(RegionFlags::READONLY)
+                    || changed.intersects(RegionFlags::READONLY | RegionFlags::GUEST_MEMFD)
                 {
                     return Err(RegionError::Immutable);
                 }
@@ -202,6 +228,28 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         Ok(Slot::new(info, dirty))
     }
 
+    /// Where the private half of a new slot is.
+    fn bind(
+        &self,
+        writer: &Writer<F>,
+        wanted: &SlotInfo,
+        bind: impl FnOnce() -> Result<u64, GuestMemoryError>,
+    ) -> Result<Option<u64>, RegionError> {
+        if !wanted.flags.contains(RegionFlags::GUEST_MEMFD) {
+            return Ok(None);
+        }
+        let address = bind().map_err(RegionError::GuestMemory)?;
+        let mut bound = false;
+        let end = address.saturating_add(wanted.pages << PAGE_SHIFT);
+        writer
+            .by_private
+            .overlapping(address..end, |_, _| bound = true);
+        if bound {
+            return Err(RegionError::GuestMemory(GuestMemoryError::Overlap));
+        }
+        Ok(Some(address))
+    }
+
     /// Publishes a new slot and enters it in the writers' indices. The update is announced here
     /// and ended by the caller.
     fn enter_slot(&self, writer: &mut Writer<F>, slot: Slot) {
@@ -215,6 +263,11 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         writer
             .by_hva
             .insert(info.hva, info.pages, info.as_id, info.id);
+        if let Some(address) = slot.private {
+            writer
+                .by_private
+                .insert(address, info.pages, info.as_id, info.id);
+        }
         writer.slot_pages += info.pages;
         let space = self.space(&info);
         space.begin_update();
@@ -225,15 +278,23 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     fn retire_slot(&self, writer: &mut Writer<F>, old: &SlotInfo) {
         let space = self.space(old);
         space.begin_update();
+        let mut private = None;
         if let Some(slot) = self.slot_by_id(writer, old.as_id, old.id) {
             slot.invalidate();
+            private = slot.private;
         }
         if self.slot_zap_all.load(Ordering::Relaxed) {
             self.zap_all_locked(writer);
         } else {
             let _readers = self.synchronize(writer);
             let mut debt = Debt::none();
-            self.zap_gfns(writer, old.as_id, old.base..old.end(), &mut debt);
+            let operation = RangeOperation {
+                as_id: old.as_id,
+                gfns: old.base..old.end(),
+                filter: RangeFilter::Both,
+                may_block: false,
+            };
+            self.zap_gfns(writer, &operation, &mut debt);
             self.pay(writer, debt);
         }
         space.tree.remove(old.base, &mut writer.garbage);
@@ -243,6 +304,11 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             *id = None;
         }
         writer.by_hva.remove(old.hva, old.pages, old.as_id, old.id);
+        if let Some(address) = private {
+            writer
+                .by_private
+                .remove(address, old.pages, old.as_id, old.id);
+        }
         writer.slot_pages -= old.pages;
     }
 

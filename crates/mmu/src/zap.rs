@@ -1,16 +1,24 @@
 //! Taking mappings away, and paying what that owes.
 
+use crate::filter::{RangeFilter, RangeOperation};
 use crate::format::MmuFormat;
 use crate::host::Host;
 use crate::mmu::{Mmu, Writer};
 use crate::root::RootState;
 use crate::sync::atomic::Ordering;
+use crate::tables::Pages;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::ops::Range;
 use spin::Mutex;
 use twofold_arch::{Gfn, Gpa, Level};
-use twofold_table::{Cursor, Debt, Entry, Height, Leaves, Quiesced, Settled, wait_for_readers};
+use twofold_table::{
+    Cursor, Debt, Entry, Height, Leaves, Quiesced, Seen, Settled, Table, wait_for_readers,
+};
+
+/// Pages that an operation which may block works on under one hold of the writers' lock: half a
+/// gigabyte, some ten microseconds' work if it goes table by table.
+const PAGES_AT_ONCE: u64 = 1 << 17;
 
 impl<F: MmuFormat, H: Host> Mmu<F, H> {
     /// Waits for every read section that may have missed what this thread has changed, and frees
@@ -74,21 +82,52 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         }
     }
 
-    /// Takes every mapping of `gfns` out of every root of the address space. A leaf that is only
-    /// partly in the range goes as a whole.
+    /// Carries out an operation that takes mappings away, and pays for it. If it may block, the
+    /// writers' lock is held for a part at a time. The caller does not hold it, and has made sure
+    /// that no fault brings back what is taken.
+    pub(crate) fn zap_range(&self, operation: &RangeOperation) {
+        let end = operation.gfns.end;
+        let mut start = operation.gfns.start;
+        while start < end {
+            let stop = match operation.may_block {
+                true => Gfn::new(start.get().saturating_add(PAGES_AT_ONCE)).min(end),
+                false => end,
+            };
+            let writer = self.lock();
+            let mut debt = Debt::none();
+            self.zap_gfns(
+                &writer,
+                &RangeOperation {
+                    gfns: start..stop,
+                    ..operation.clone()
+                },
+                &mut debt,
+            );
+            self.pay(&writer, debt);
+            start = stop;
+        }
+    }
+
+    /// Takes the mappings that the operation is about out of every root of the address space. A
+    /// leaf that is only partly in the range goes as a whole.
     pub(crate) fn zap_gfns(
         &self,
         writer: &Writer<F>,
-        as_id: u16,
-        gfns: Range<Gfn>,
+        operation: &RangeOperation,
         debt: &mut Debt<F>,
     ) {
+        // Where nothing is private, there is nothing to tell apart.
+        let filter = match self.config.private_memory {
+            Some(_) => operation.filter,
+            None if operation.filter == RangeFilter::Private => return,
+            None => RangeFilter::Both,
+        };
         for root in writer
             .roots
             .iter()
-            .filter(|root| root.role.as_id() == as_id)
+            .filter(|root| root.role.as_id() == operation.as_id)
         {
-            self.zap_in_root(writer, root, &gfns, debt);
+            self.zap_in_root(writer, root, &operation.gfns, filter, debt);
         }
     }
 
@@ -97,6 +136,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         writer: &Writer<F>,
         root: &Arc<RootState>,
         gfns: &Range<Gfn>,
+        filter: RangeFilter,
         debt: &mut Debt<F>,
     ) {
         let (start, end) = (gfns.start.address(), gfns.end.address());
@@ -108,17 +148,42 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                     let first = seen.place().gpa();
                     let covered = first >= start
                         && first.get() + F::bytes(seen.place().height()) <= end.get();
-                    if !covered {
+                    if !covered || !self.holds_only(&cursor.table(), &seen, filter) {
                         continue;
                     }
                     cursor.skip();
                 }
+                Entry::Leaf if !filter.covers_leaf(seen.value()) => continue,
+                // They say that there is no slot, which is not a matter of halves.
+                Entry::Special if filter != RangeFilter::Both => continue,
                 Entry::Leaf | Entry::Special | Entry::Frozen => {}
             }
             if cursor.table().remove(seen, debt).is_err() {
                 cursor.again();
             }
         }
+    }
+
+    /// Whether the table that `seen` links may go as a whole. Of tables above leaf tables that is not
+    /// found out: their entries are looked at one by one. A leaf of the other kind that a
+    /// fault adds afterwards goes too, and is made again by the next access: nobody's content
+    /// depends on a leaf where both kinds live under one root.
+    fn holds_only(&self, table: &Table<'_, F, Pages<H>>, seen: &Seen, filter: RangeFilter) -> bool {
+        if filter == RangeFilter::Both {
+            return true;
+        }
+        if seen.place().height() != Height::LEAF.above() {
+            return false;
+        }
+        let first = seen.place().gpa();
+        let last = Gpa::new(first.get() + (F::bytes(seen.place().height()) - 1));
+        let mut cursor = Cursor::new(*table, first..last);
+        while let Some(below) = cursor.next() {
+            if below.entry::<F>() == Entry::Leaf && !filter.covers_leaf(below.value()) {
+                return false;
+            }
+        }
+        true
     }
 
     /// Drops every mapping by making every root obsolete: new faults load new roots while the old
@@ -131,7 +196,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         let mut debt = Debt::none();
         let all = Gfn::new(0)..Gfn::new(u64::MAX >> 12);
         for root in &writer.roots {
-            self.zap_in_root(writer, root, &all, &mut debt);
+            self.zap_in_root(writer, root, &all, RangeFilter::Both, &mut debt);
         }
         self.pay(writer, debt);
         self.sweep_roots(writer);

@@ -70,6 +70,8 @@ impl SlotInfo {
 pub(crate) struct Slot {
     pub(crate) info: SlotInfo,
     pub(crate) dirty: Option<alloc::sync::Arc<DirtyBitmap>>,
+    /// Where the first byte of the private half is, in the host's addresses for it.
+    pub(crate) private: Option<u64>,
     invalid: AtomicBool,
 }
 
@@ -78,8 +80,15 @@ impl Slot {
         Self {
             info,
             dirty,
+            private: None,
             invalid: AtomicBool::new(false),
         }
+    }
+
+    /// The slot with a private half at `address`.
+    pub(crate) fn with_private(mut self, address: Option<u64>) -> Self {
+        self.private = address;
+        self
     }
 
     pub(crate) fn invalidate(&self) {
