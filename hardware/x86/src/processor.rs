@@ -3,8 +3,9 @@
 // UNSAFETY: the ways into a guest are assembler.
 #![expect(unsafe_code)]
 
+use bitflags::bitflags;
 use core::arch::global_asm;
-use twofold_arch::Hpa;
+use twofold_arch::{Gpa, Hpa};
 use twofold_mmu::{Fault, MmuFormat};
 
 /// A guest's general registers but RSP, in the order in which the assembler below loads them.
@@ -31,6 +32,8 @@ pub enum Exit {
     Request,
     /// A second-stage fault.
     Fault(SecondStageFault),
+    /// The log of written frames is full; nothing was written for lack of a place in it.
+    LogFull,
     /// Anything else, with the number of the exit and its qualification or information.
     Other(u64, u64),
 }
@@ -46,6 +49,34 @@ pub struct SecondStageFault {
     pub raw: u64,
 }
 
+/// What a processor reports about an EPT violation that it gives to the guest: the information page
+/// (SDM volume 3C, "Virtualization-Exception Information").
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct VirtualizationException {
+    /// The exit that would have happened: 48.
+    pub reason: u32,
+    /// What its qualification would have been.
+    pub qualification: u64,
+    /// The linear address.
+    pub linear: u64,
+    /// The guest-physical address.
+    pub gpa: Gpa,
+}
+
+bitflags! {
+    /// What not every processor has, and not every scenario wants.
+    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+    pub struct Features: u32 {
+        /// The processor sets accessed and dirty bits in second-stage entries. Always so with nested
+        /// paging.
+        const ACCESSED_DIRTY = 1 << 0;
+        /// Page-modification logging.
+        const WRITE_LOG = 1 << 1;
+        /// EPT violations may become exceptions of the guest, #VE.
+        const EXCEPTIONS = 1 << 2;
+    }
+}
+
 /// A virtual processor of one of the two kinds, on the physical processor that made it.
 pub trait Virtualization: Sized + 'static {
     /// The second-stage tables that the processor walks.
@@ -58,8 +89,11 @@ pub trait Virtualization: Sized + 'static {
     /// Turns virtualization on, on the processor that calls. Once for each.
     fn enable();
 
+    /// What this processor could do of this.
+    fn available() -> Features;
+
     /// A virtual processor in 64-bit mode at guest-physical address 0 (see [`guest`](crate::guest)).
-    fn new() -> Self;
+    fn new(features: Features) -> Self;
 
     /// The second-stage tables to use from the next entry on.
     fn set_root(&mut self, root: Hpa);
@@ -72,6 +106,14 @@ pub trait Virtualization: Sized + 'static {
 
     /// Runs in user mode from now on, or in kernel mode.
     fn set_user(&mut self, user: bool);
+
+    /// The frames that the processor has logged as written since this was called last, to be asked
+    /// after each exit. Empty without [`Features::WRITE_LOG`].
+    fn take_write_log(&mut self) -> impl Iterator<Item = Gpa>;
+
+    /// What the processor has written about a #VE, or `None` if there was none since this was asked
+    /// last. The guest can get another afterwards.
+    fn take_exception(&mut self) -> Option<VirtualizationException>;
 
     /// Runs the guest until it is left. With `flush`, no translation made before is used. Called
     /// with interrupts forbidden; they are forbidden when it returns.

@@ -5,7 +5,9 @@
 
 use crate::guest;
 use crate::instructions::{control_registers, rdmsr, wrmsr};
-use crate::processor::{Exit, Registers, SecondStageFault, Virtualization};
+use crate::processor::{
+    Exit, Features, Registers, SecondStageFault, Virtualization, VirtualizationException,
+};
 use crate::smp::PROCESSORS;
 use alloc::boxed::Box;
 use core::cell::UnsafeCell;
@@ -115,7 +117,11 @@ impl Virtualization for Svm {
         }
     }
 
-    fn new() -> Self {
+    fn available() -> Features {
+        Features::ACCESSED_DIRTY
+    }
+
+    fn new(_features: Features) -> Self {
         let mut new = Self {
             vmcb: Box::new(Page([0; 4096])),
             registers: Registers::default(),
@@ -175,6 +181,14 @@ impl Virtualization for Svm {
         }
         self.set_segment(field::CS, guest::CODE_SEGMENT | level, 0xa9b | level << 5);
         self.set(field::CPL, [level as u8]);
+    }
+
+    fn take_write_log(&mut self) -> impl Iterator<Item = Gpa> {
+        core::iter::empty()
+    }
+
+    fn take_exception(&mut self) -> Option<VirtualizationException> {
+        None
     }
 
     fn enter(&mut self, flush: bool) -> Exit {

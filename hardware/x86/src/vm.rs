@@ -3,7 +3,7 @@
 use crate::guest;
 use crate::host::{HostRange, Hypervisor, Writes};
 use crate::instructions::{interrupts, physical_address_bits};
-use crate::processor::{Exit, SecondStageFault, Virtualization};
+use crate::processor::{Exit, Features, SecondStageFault, Virtualization};
 use crate::smp;
 use alloc::format;
 use alloc::string::String;
@@ -65,6 +65,24 @@ impl<V: Virtualization> Vm<V> {
     pub fn change_region(&self, memory: Memory) -> Result<(), Failure> {
         self.set_region(memory.region())
             .map_err(|error| format!("slot {}: {error}", memory.slot))
+    }
+
+    /// What the MMU wants from its processors, as far as they have it.
+    fn features(&self) -> Features {
+        let mut wanted = Features::EXCEPTIONS;
+        wanted.set(Features::ACCESSED_DIRTY, self.has_accessed_dirty());
+        wanted.set(Features::WRITE_LOG, self.logs_by_pml());
+        wanted & V::available()
+    }
+
+    /// Takes a slot's dirty log: bit n of word m is page 64 m + n.
+    pub fn take_dirty_log(&self, memory: &Memory, bitmap: &mut [u64]) -> Result<(), Failure> {
+        if self.logs_by_pml() {
+            // What the other processor has logged is drained before it takes the interrupt.
+            smp::interrupt_everywhere();
+        }
+        self.dirty_log_get(0, memory.slot as u16, bitmap)
+            .map_err(|error| format!("dirty log: {error}"))
     }
 
     /// How often the MMU has asked for a flush.
@@ -198,7 +216,7 @@ impl<V: Virtualization> GuestCpu<V> {
     /// A processor that waits for its first operation.
     pub fn new(vm: &Arc<Vm<V>>) -> Result<Self, Failure> {
         let root = Self::load_root(vm)?;
-        let mut processor = V::new();
+        let mut processor = V::new(vm.features());
         processor.set_root(root.hpa());
         Ok(Self {
             vm: Arc::clone(vm),
@@ -251,7 +269,7 @@ impl<V: Virtualization> GuestCpu<V> {
     fn until_request(&mut self, done: &mut Done) -> Result<(), Failure> {
         for _ in 0..TOO_MANY_EXITS {
             match self.enter()? {
-                Exit::Interrupt => {}
+                Exit::Interrupt | Exit::LogFull => {}
                 Exit::Request if self.processor.registers().rax == guest::REQUEST_VE => {
                     return Err(format!("a #VE after {:x?}", done.faults.last()));
                 }
@@ -268,6 +286,14 @@ impl<V: Virtualization> GuestCpu<V> {
         ))
     }
 
+    /// Enters the guest once, with the tables that the processor was given last.
+    pub fn enter_once(&mut self) -> Exit {
+        interrupts(false);
+        let exit = self.processor.enter(true);
+        interrupts(true);
+        exit
+    }
+
     /// Enters the guest once.
     fn enter(&mut self) -> Result<Exit, Failure> {
         if self.root.is_obsolete() {
@@ -278,6 +304,9 @@ impl<V: Virtualization> GuestCpu<V> {
         // An interrupt that comes after this question leaves the guest at once.
         let flush = smp::take_flush();
         let exit = self.processor.enter(flush);
+        // Before an interrupt is acknowledged: who sent it may ask for the dirty log next.
+        self.vm
+            .drain_pml(&mut self.reader, 0, self.processor.take_write_log());
         interrupts(true);
         self.vm.exits.fetch_add(1, Ordering::Relaxed);
         Ok(exit)

@@ -5,11 +5,14 @@
 
 use crate::guest;
 use crate::instructions::{control_registers, descriptor_tables, rdmsr, wrmsr};
-use crate::processor::{Exit, Registers, SecondStageFault, Virtualization};
+use crate::processor::{
+    Exit, Features, Registers, SecondStageFault, Virtualization, VirtualizationException,
+};
 use crate::smp;
 use alloc::boxed::Box;
 use core::arch::asm;
-use twofold_arch::ept::{Eptp, Qualification};
+use core::cell::UnsafeCell;
+use twofold_arch::ept::{EptVpidCap, Eptp, Qualification};
 use twofold_arch::{Gpa, Hpa, Level, Pferr};
 use twofold_mmu::{Ept, Fault};
 
@@ -27,13 +30,17 @@ mod msr {
     pub const CR4_FIXED_0: u32 = 0x488;
     pub const CR4_FIXED_1: u32 = 0x489;
     pub const SECONDARY: u32 = 0x48b;
+    pub const EPT_VPID_CAP: u32 = 0x48c;
     /// How far the registers of the "true" controls are from the older ones.
     pub const TRUE_CONTROLS: u32 = 0x48d - PIN_BASED;
 }
 
 /// VMCS field encodings (SDM volume 3D, appendix B).
 mod field {
+    pub const GUEST_PML_INDEX: u64 = 0x0812;
+    pub const PML_ADDRESS: u64 = 0x200e;
     pub const EPT_POINTER: u64 = 0x201a;
+    pub const EXCEPTION_INFORMATION: u64 = 0x202a;
     pub const GUEST_PHYSICAL_ADDRESS: u64 = 0x2400;
     pub const LINK_POINTER: u64 = 0x2800;
     pub const GUEST_EFER: u64 = 0x2806;
@@ -81,6 +88,8 @@ const TR: u64 = 7;
 const PIN_INTERRUPT_EXITING: u32 = 1;
 const PROCESSOR_SECONDARY: u32 = 1 << 31;
 const SECONDARY_EPT: u32 = 1 << 1;
+const SECONDARY_PML: u32 = 1 << 17;
+const SECONDARY_EXCEPTIONS: u32 = 1 << 18;
 /// Exit: the hypervisor is 64-bit code; EFER is loaded.
 const EXIT_CONTROLS: u32 = 1 << 9 | 1 << 21;
 /// Entry: the guest is 64-bit code; EFER is loaded.
@@ -91,22 +100,53 @@ const EXIT_CPUID: u64 = 10;
 const EXIT_EPT_VIOLATION: u64 = 48;
 const EXIT_EPT_MISCONFIGURATION: u64 = 49;
 
+const EXIT_LOG_FULL: u64 = 62;
+
+/// The log is written from its last entry to its first.
+const LOG_FIRST: u64 = 511;
+
 const CR4_VMXE: u64 = 1 << 13;
 
 unsafe extern "C" {
     fn vmx_enter(registers: *mut Registers, launched: u64) -> u64;
 }
 
-/// A VMXON region or a VMCS.
+/// A VMXON region, a VMCS, a log of writes, or an information page: written by the processor behind the
+/// compiler's back.
 #[repr(C, align(4096))]
-struct Page([u32; 1024]);
+struct Page(UnsafeCell<[u64; 512]>);
 
 impl Page {
-    fn new() -> Box<Self> {
-        let mut page = Box::new(Self([0; 1024]));
+    fn new(first_word: u64) -> Box<Self> {
+        let mut words = [0; 512];
+        words[0] = first_word;
+        Box::new(Self(UnsafeCell::new(words)))
+    }
+
+    /// A page that begins with the number that VMXON regions and VMCSs begin with.
+    fn with_revision() -> Box<Self> {
         // SAFETY: the processor has VMX.
-        page.0[0] = unsafe { rdmsr(msr::BASIC) } as u32 & 0x7fff_ffff;
-        page
+        Self::new(unsafe { rdmsr(msr::BASIC) } & 0x7fff_ffff)
+    }
+
+    fn address(&self) -> u64 {
+        self.0.get() as u64
+    }
+
+    fn load(&self, word: usize) -> u64 {
+        // SAFETY: within the page, which the processor may write.
+        unsafe { self.0.get().cast::<u64>().add(word % 512).read_volatile() }
+    }
+
+    fn store(&self, word: usize, value: u64) {
+        // SAFETY: as for `load`.
+        unsafe {
+            self.0
+                .get()
+                .cast::<u64>()
+                .add(word % 512)
+                .write_volatile(value)
+        }
     }
 }
 
@@ -164,11 +204,17 @@ pub struct Vmx {
     vmcs: Box<Page>,
     registers: Registers,
     launched: bool,
+    features: Features,
+    log: Box<Page>,
+    information: Box<Page>,
 }
+
+// SAFETY: the pages belong to this value alone; the processor that uses them is the one that made it.
+unsafe impl Send for Vmx {}
 
 impl Vmx {
     fn make_current(&self) {
-        let address = &raw const *self.vmcs as u64;
+        let address = self.vmcs.address();
         // SAFETY: a VMCS of this processor, cleared before its first use.
         unsafe { asm!("vmptrld [{}]", in(reg) &address, options(nostack)) };
     }
@@ -246,7 +292,7 @@ impl Virtualization for Vmx {
 
     fn enable() {
         let [cr0, _, cr4] = control_registers();
-        let region = Box::leak(Page::new()) as *mut Page as u64;
+        let region = Box::leak(Page::with_revision()).address();
         let ok: u8;
         // SAFETY: the processor has VMX; the registers get what it says they must have; the page
         // is given to the processor for good.
@@ -262,13 +308,32 @@ impl Virtualization for Vmx {
         assert!(ok == 1, "VMXON failed");
     }
 
-    fn new() -> Self {
+    fn available() -> Features {
+        // SAFETY: the registers exist on a processor with VMX and EPT.
+        let (secondary, capabilities) =
+            unsafe { (rdmsr(msr::SECONDARY) >> 32, rdmsr(msr::EPT_VPID_CAP)) };
+        let has = |control: u32| secondary & u64::from(control) != 0;
+        let capabilities = EptVpidCap::from_bits_truncate(capabilities);
+        let mut features = Features::empty();
+        features.set(
+            Features::ACCESSED_DIRTY,
+            capabilities.contains(EptVpidCap::ACCESSED_DIRTY),
+        );
+        features.set(Features::WRITE_LOG, has(SECONDARY_PML));
+        features.set(Features::EXCEPTIONS, has(SECONDARY_EXCEPTIONS));
+        features
+    }
+
+    fn new(features: Features) -> Self {
         let new = Self {
-            vmcs: Page::new(),
+            vmcs: Page::with_revision(),
             registers: Registers::default(),
             launched: false,
+            features,
+            log: Page::new(0),
+            information: Page::new(0),
         };
-        let address = &raw const *new.vmcs as u64;
+        let address = new.vmcs.address();
         // SAFETY: a fresh page for the processor to use as a VMCS.
         unsafe { asm!("vmclear [{}]", in(reg) &address, options(nostack)) };
         new.make_current();
@@ -276,7 +341,17 @@ impl Virtualization for Vmx {
         write(field::PIN_BASED, pin);
         let processor = controls(msr::PROCESSOR_BASED, PROCESSOR_SECONDARY);
         write(field::PROCESSOR_BASED, processor);
-        write(field::SECONDARY, controls(msr::SECONDARY, SECONDARY_EPT));
+        let mut secondary = SECONDARY_EPT;
+        if features.contains(Features::WRITE_LOG) {
+            secondary |= SECONDARY_PML;
+            write(field::PML_ADDRESS, new.log.address());
+            write(field::GUEST_PML_INDEX, LOG_FIRST);
+        }
+        if features.contains(Features::EXCEPTIONS) {
+            secondary |= SECONDARY_EXCEPTIONS;
+            write(field::EXCEPTION_INFORMATION, new.information.address());
+        }
+        write(field::SECONDARY, controls(msr::SECONDARY, secondary));
         write(field::EXIT, controls(msr::EXIT, EXIT_CONTROLS));
         write(field::ENTRY, controls(msr::ENTRY, ENTRY_CONTROLS));
         // Every exception leaves the guest but #VE, which is for the guest.
@@ -290,7 +365,11 @@ impl Virtualization for Vmx {
 
     fn set_root(&mut self, root: Hpa) {
         self.make_current();
-        let pointer = Eptp::new(root, Level::L512G, true);
+        let pointer = Eptp::new(
+            root,
+            Level::L512G,
+            self.features.contains(Features::ACCESSED_DIRTY),
+        );
         write(field::EPT_POINTER, pointer.encode());
     }
 
@@ -326,6 +405,33 @@ impl Virtualization for Vmx {
         }
     }
 
+    fn take_write_log(&mut self) -> impl Iterator<Item = Gpa> {
+        let next = if self.features.contains(Features::WRITE_LOG) {
+            self.make_current();
+            // 16 bits: after the last entry was written it wraps to 0xffff.
+            let next = read(field::GUEST_PML_INDEX) as u16;
+            write(field::GUEST_PML_INDEX, LOG_FIRST);
+            next
+        } else {
+            LOG_FIRST as u16
+        };
+        (usize::from(next.wrapping_add(1))..512).map(|entry| Gpa::new(self.log.load(entry)))
+    }
+
+    fn take_exception(&mut self) -> Option<VirtualizationException> {
+        let page = &self.information;
+        let first = page.load(0);
+        let found = (first != 0).then(|| VirtualizationException {
+            reason: first as u32,
+            qualification: page.load(1),
+            linear: page.load(2),
+            gpa: Gpa::new(page.load(3)),
+        });
+        // The upper half keeps the processor from delivering another.
+        page.store(0, 0);
+        found
+    }
+
     fn enter(&mut self, flush: bool) -> Exit {
         self.make_current();
         if flush {
@@ -349,6 +455,7 @@ impl Virtualization for Vmx {
             }
             EXIT_EPT_VIOLATION => Self::fault(false),
             EXIT_EPT_MISCONFIGURATION => Self::fault(true),
+            EXIT_LOG_FULL => Exit::LogFull,
             reason => Exit::Other(reason, read(field::QUALIFICATION)),
         }
     }
@@ -356,7 +463,7 @@ impl Virtualization for Vmx {
 
 impl Drop for Vmx {
     fn drop(&mut self) {
-        let address = &raw const *self.vmcs as u64;
+        let address = self.vmcs.address();
         // SAFETY: the processor forgets the page before it is freed.
         unsafe { asm!("vmclear [{}]", in(reg) &address, options(nostack)) };
     }

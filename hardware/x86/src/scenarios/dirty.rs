@@ -2,10 +2,10 @@
 
 use super::{Verdict, check};
 use crate::ensure;
-use crate::processor::Virtualization;
+use crate::processor::{Features, Virtualization};
 use crate::vm::{Failure, GuestCpu, Memory, Operation, Vm};
 use alloc::sync::Arc;
-use twofold_arch::{Level, PAGE_SIZE};
+use twofold_arch::PAGE_SIZE;
 use twofold_mmu::{Config, RegionFlags};
 
 /// Pages that log.
@@ -48,8 +48,7 @@ fn rounds<V: Virtualization>(
         // Reading is not writing.
         cpu.run(Operation::ReadPages(memory.gpa, PAGES))?;
         let mut log = [0; WORDS];
-        vm.dirty_log_get(0, memory.slot as u16, &mut log)
-            .map_err(|error| alloc::format!("{error}"))?;
+        vm.take_dirty_log(memory, &mut log)?;
         ensure!(
             log == wanted,
             "round {round}: wrote {wanted:x?}, the log says {log:x?}"
@@ -59,25 +58,79 @@ fn rounds<V: Virtualization>(
     Ok(())
 }
 
-/// Every write to a protected page is noticed, each time the log was read.
-pub fn by_write_protection<V: Virtualization>() -> Result<Verdict, Failure> {
-    let vm = Vm::<V>::new(Config {
-        pml: false,
-        ..Config::default()
-    })?;
+/// Logs a slot that was mapped and writable before, in a machine made like this.
+fn agrees<V: Virtualization>(config: Config) -> Result<(), Failure> {
+    let vm = Vm::<V>::new(config)?;
     let memory = Memory {
         size: PAGES * PAGE_SIZE,
-        level: Level::L2M,
         ..Memory::default()
     };
     vm.add_memory(memory)?;
     let mut cpu = GuestCpu::new(&vm)?;
-    // Everything is mapped and writable before logging begins.
     cpu.run(Operation::WritePages(memory.gpa, 1, PAGES))?;
     vm.change_region(Memory {
         flags: RegionFlags::LOG_DIRTY,
         ..memory
     })?;
-    rounds(&vm, &mut cpu, &memory)?;
+    rounds(&vm, &mut cpu, &memory)
+}
+
+/// Every write to a protected page is noticed, each time the log was read.
+pub fn by_write_protection<V: Virtualization>() -> Result<Verdict, Failure> {
+    agrees::<V>(Config::default())?;
     Ok(Verdict::Shown("192 pages, 20 rounds, log and writes agree"))
+}
+
+/// The same where the processor does not set dirty bits either.
+pub fn without_dirty_bits<V: Virtualization>() -> Result<Verdict, Failure> {
+    let config = Config {
+        accessed_dirty: false,
+        ..Config::default()
+    };
+    if Vm::<V>::new(config)?.has_accessed_dirty() {
+        return Ok(Verdict::NotHere("nested paging always has dirty bits"));
+    }
+    agrees::<V>(config)?;
+    Ok(Verdict::Shown("192 pages, 20 rounds, log and writes agree"))
+}
+
+/// The processor sets dirty bits and writes down where; no write faults.
+pub fn by_processor_log<V: Virtualization>() -> Result<Verdict, Failure> {
+    if !V::available().contains(Features::WRITE_LOG) {
+        return Ok(Verdict::NotHere("no page-modification log"));
+    }
+    let config = Config {
+        pml: true,
+        ..Config::default()
+    };
+    agrees::<V>(config)?;
+    // More pages than the log holds, none of which was mapped before.
+    let vm = Vm::<V>::new(config)?;
+    const MANY: u64 = 1280;
+    let memory = Memory {
+        size: MANY * PAGE_SIZE,
+        flags: RegionFlags::LOG_DIRTY,
+        ..Memory::default()
+    };
+    vm.add_memory(memory)?;
+    let mut cpu = GuestCpu::new(&vm)?;
+    cpu.run(Operation::WritePages(memory.gpa, 1, MANY))?;
+    for round in 0..2 {
+        let mut log = [0; MANY as usize / 64];
+        vm.take_dirty_log(&memory, &mut log)?;
+        ensure!(
+            log.iter().all(|word| *word == !0),
+            "round {round}: {log:x?}"
+        );
+        let taken = cpu.stats().pf_taken;
+        cpu.run(Operation::WritePages(memory.gpa, 2, MANY))?;
+        ensure!(
+            cpu.stats().pf_taken == taken,
+            "writes to mapped pages faulted"
+        );
+    }
+    check(&vm)?;
+    Ok(Verdict::Shown(
+        "20 rounds, then more than a full log without a fault",
+    ))
 }

@@ -148,6 +148,41 @@ pub fn user_execute<V: Virtualization>() -> Result<Verdict, Failure> {
     Ok(Verdict::Shown("at 4K, 2M and 1G, from privilege level 3"))
 }
 
+/// Huge pages that are not executable: a fetch makes small ones.
+pub fn execute_huge<V: Virtualization>() -> Result<Verdict, Failure> {
+    let vm = Vm::<V>::new(Config {
+        nx_huge_pages: true,
+        ..Config::default()
+    })?;
+    let memory = memory_at(Level::L2M);
+    vm.add_memory(memory)?;
+    let mut cpu = GuestCpu::new(&vm)?;
+    let (gpa, hpa) = target(&memory);
+    guest::store_return(hpa);
+    let done = cpu.run(Operation::Read(gpa))?;
+    expect_one(&done, gpa, Level::L2M, Pferr::empty(), Pferr::PRESENT)?;
+    let done = cpu.run(Operation::Fetch(gpa))?;
+    // As in KVM the fault finds nothing left to do once the page is split.
+    ensure!(
+        matches!(done.faults[..], [taken] if taken.outcome == Outcome::Spurious
+            && taken.fault.fault.error.contains(Pferr::FETCH | Pferr::PRESENT)),
+        "the fetch: {:x?}",
+        done.faults
+    );
+    let stats = vm.stats();
+    ensure!(
+        stats.pages_2m == 0 && stats.pages_4k >= 512,
+        "not split: {stats:?}"
+    );
+    // What was readable stays so without a fault.
+    let done = cpu.run(Operation::ReadPages(memory.gpa, 512))?;
+    ensure!(done.faults.is_empty(), "reads fault: {:x?}", done.faults);
+    super::check(&vm)?;
+    Ok(Verdict::Shown(
+        "a fetch from a present 2M page faults and goes on in a 4K page",
+    ))
+}
+
 /// Accesses where there is no memory: the second is told apart by the processor alone. Then there is
 /// memory.
 pub fn mmio<V: Virtualization>() -> Result<Verdict, Failure> {

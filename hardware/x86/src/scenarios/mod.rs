@@ -1,6 +1,8 @@
 //! What is shown, one line each.
 
+mod age;
 mod dirty;
+mod exceptions;
 mod faults;
 mod shootdown;
 
@@ -61,6 +63,7 @@ where
         ("write fault", faults::write::<V>),
         ("execute fault", faults::execute::<V>),
         ("user execute fault", faults::user_execute::<V>),
+        ("execute fault on a huge page", faults::execute_huge::<V>),
         ("MMIO entries", faults::mmio::<V>),
         ("read-only slot", faults::read_only_slot::<V>),
         ("zap and fault again", faults::zap::<V>),
@@ -68,6 +71,17 @@ where
             "dirty log by write protection",
             dirty::by_write_protection::<V>,
         ),
+        (
+            "dirty log without dirty bits",
+            dirty::without_dirty_bits::<V>,
+        ),
+        (
+            "dirty log by the processor's log",
+            dirty::by_processor_log::<V>,
+        ),
+        ("ageing by accessed bits", age::by_accessed_bits::<V>),
+        ("ageing by access tracking", age::by_access_tracking::<V>),
+        ("empty entries suppress #VE", exceptions::suppressed::<V>),
         (
             "second processor: moved memory",
             shootdown::moved_memory::<V>,
@@ -81,6 +95,10 @@ where
             shootdown::deleted_slot::<V>,
         ),
         ("second processor: dirty log", shootdown::dirty_log::<V>),
+        (
+            "second processor: split and recovery",
+            shootdown::split_and_recovered::<V>,
+        ),
     ];
     let (mut shown, mut failed, mut not_here) = (0, 0, 0);
     for (name, scenario) in scenarios {
