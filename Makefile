@@ -29,7 +29,7 @@ unit: build ## unit, model, documentation and host-comparison tests
 
 interleavings: ## interleavings: loom on the small protocols, shuttle on the whole MMU
 	RUSTFLAGS="--cfg loom" CARGO_PROFILE_RELEASE_LTO=off $(CARGO) test --quiet --release \
-		-p twofold-table -p twofold-mmu -p twofold-cpu -p twofold-tdx --lib --target-dir target/loom interleavings
+		-p twofold-table -p twofold-mmu -p twofold-cpu -p twofold-tdx -p twofold-pkvm --lib --target-dir target/loom interleavings
 	RUSTFLAGS="--cfg shuttle" CARGO_PROFILE_RELEASE_LTO=off $(CARGO) test --quiet --release \
 		-p twofold-mmu --test interleavings --target-dir target/shuttle
 
