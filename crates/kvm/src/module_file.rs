@@ -3,7 +3,7 @@
 //! A machine without `/dev/kvm` has none of them, and programs take their absence for the absence
 //! of KVM. The answers are those of a processor with two-dimensional paging.
 
-use crate::second_stage::Kind;
+use crate::second_stage::{self, Kind};
 use std::ffi::CStr;
 
 static COMMON: &[(&str, &[u8])] = &[
@@ -26,7 +26,7 @@ static INTEL: &[(&str, &[u8])] = &[
         b"Y\n",
     ),
     ("/sys/module/kvm_intel/parameters/nested", b"N\n"),
-    ("/sys/module/kvm_intel/parameters/pml", b"N\n"),
+    ("/sys/module/kvm_intel/parameters/pml", b"Y\n"),
     (
         "/sys/module/kvm_intel/parameters/allow_smaller_maxphyaddr",
         b"N\n",
@@ -46,6 +46,14 @@ pub(crate) fn content(path: &CStr) -> Option<&'static [u8]> {
     let path = path.to_str().ok()?;
     if !path.starts_with("/sys/module/kvm") {
         return None;
+    }
+    let off = match path {
+        "/sys/module/kvm_intel/parameters/eptad" => !second_stage::has_accessed_dirty(),
+        "/sys/module/kvm_intel/parameters/pml" => !second_stage::has_pml(),
+        _ => false,
+    };
+    if off {
+        return Some(b"N\n");
     }
     [COMMON, INTEL, AMD]
         .into_iter()

@@ -6,6 +6,7 @@
 
 use crate::format::MmuFormat;
 use crate::host::Host;
+use crate::invariants::Locked;
 use crate::mmu::{Mmu, Writer};
 use crate::region::{ADDRESS_SPACES, USER_SLOTS};
 use crate::slots::{DirtyBitmap, SlotInfo};
@@ -28,6 +29,9 @@ bitflags::bitflags! {
         const INITIALLY_SET = 1 << 1;
     }
 }
+
+/// Words of a bitmap whose pages are protected without giving others a turn: 512 MiB of memory.
+const WORDS_AT_ONCE: usize = 2048;
 
 /// Why a dirty bitmap cannot be read or cleared.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -107,7 +111,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     ) -> Result<(), DirtyLogError> {
         self.check_log_id(as_id, slot)?;
         let _slots = self.lock_slots();
-        let mut writer = self.lock();
+        let writer = self.lock();
         let (info, dirty) = self.logged_slot(&writer, as_id, slot)?;
         let bitmap = bitmap
             .get_mut(..dirty.words())
@@ -124,7 +128,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             any |= *word;
         }
         if any != 0 {
-            self.notice_taken(&mut writer, &info, 0, bitmap);
+            self.notice_taken(writer, &info, 0, bitmap);
         }
         Ok(())
     }
@@ -175,7 +179,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         if self.config.eager_split && self.begins_all_dirty() {
             self.split_named(as_id, slot, first, bitmap);
         }
-        let mut writer = self.lock();
+        let writer = self.lock();
         let (info, dirty) = self.logged_slot(&writer, as_id, slot)?;
         let mut any = 0;
         for (number, word) in bitmap.iter_mut().enumerate() {
@@ -183,7 +187,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             any |= *word;
         }
         if any != 0 {
-            self.notice_taken(&mut writer, &info, first, bitmap);
+            self.notice_taken(writer, &info, first, bitmap);
         }
         Ok(())
     }
@@ -209,16 +213,31 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     }
 
     /// Notices the next write to each page whose mark was taken: `bitmap` from the page `first` of
-    /// the slot on.
-    fn notice_taken(&self, writer: &mut Writer<F>, slot: &SlotInfo, first: u64, bitmap: &[u64]) {
-        let _readers = self.synchronize(writer);
-        let writer: &Writer<F> = writer;
-        let mut debt = Debt::none();
-        for (number, &word) in bitmap.iter().enumerate() {
-            let first = first + 64 * number as u64;
-            self.notice_writes_masked(writer, slot, first, word, &mut debt);
+    /// the slot on. The caller holds the slots' lock; the writers' is given up now and then.
+    fn notice_taken<'m>(
+        &'m self,
+        mut writer: Locked<'m, F, H>,
+        slot: &SlotInfo,
+        first: u64,
+        bitmap: &[u64],
+    ) {
+        // Until the last page is done there are some that may be written and are not marked.
+        writer.begins_to_log = Some((slot.as_id, slot.id));
+        let _readers = self.synchronize(&mut writer);
+        for (number, batch) in bitmap.chunks(WORDS_AT_ONCE).enumerate() {
+            if number > 0 {
+                drop(writer);
+                writer = self.lock();
+            }
+            let first = first + 64 * (number * WORDS_AT_ONCE) as u64;
+            let mut debt = Debt::none();
+            for (number, &word) in batch.iter().enumerate() {
+                let first = first + 64 * number as u64;
+                self.notice_writes_masked(&writer, slot, first, word, &mut debt);
+            }
+            self.pay(&writer, debt);
         }
-        self.pay(writer, debt);
+        writer.begins_to_log = None;
     }
 
     /// [`notice_writes`](Self::notice_writes) for those of 64 pages of the slot, from the page
