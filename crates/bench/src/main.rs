@@ -1,5 +1,6 @@
 //! `make bench`: each figure beside what it is compared with, in one run.
 
+mod attributes;
 mod client;
 mod dirty;
 mod faults;
@@ -31,7 +32,7 @@ use report::{Row, Style};
 type Subject = fn(Meter) -> anyhow::Result<Vec<Row>>;
 
 /// Subjects in the order of the table, each with the name that chooses it.
-const SUBJECTS: [(&str, Subject); 11] = [
+const SUBJECTS: [(&str, Subject); 12] = [
     ("client", client::rows),
     ("slots", slots::rows),
     ("map", map::rows),
@@ -42,6 +43,7 @@ const SUBJECTS: [(&str, Subject); 11] = [
     ("faults", faults::rows),
     ("threads", threads::rows),
     ("dirty", dirty::rows),
+    ("attributes", attributes::rows),
     ("memory", memory::rows),
 ];
 

@@ -142,9 +142,13 @@ impl Mapper for Tables {
             if seen.entry::<Ept>() != Entry::Leaf {
                 continue;
             }
-            let split = cursor
-                .table()
-                .split(seen, move |gpa: Gpa| first + gpa.get(), 0, &mut Pool, |_| {});
+            let split = cursor.table().split(
+                seen,
+                move |gpa: Gpa| first + gpa.get(),
+                0,
+                &mut Pool,
+                |_| {},
+            );
             match split {
                 Ok(()) => {}
                 Err(BuildError::Raced) => cursor.again(),

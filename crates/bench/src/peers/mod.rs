@@ -5,6 +5,7 @@ pub(crate) mod axaddrspace;
 pub(crate) mod hyperlight;
 pub(crate) mod page_table_generic;
 pub(crate) mod page_table_multiarch;
+pub(crate) mod rangemap;
 pub(crate) mod vm_memory;
 pub(crate) mod x86_64;
 
