@@ -93,6 +93,12 @@ pub(crate) fn is_possible(table: &[kvm_cpuid_entry2]) -> bool {
     find(table, 0x8000_0008, 0).is_none_or(|leaf| matches!(leaf.eax >> 8 & 0xff, 0 | 48 | 57))
 }
 
+/// Bits of a guest-physical address for a vCPU with this table; 36 where it says nothing, as
+/// processors without the leaf have it.
+pub(crate) fn guest_address_bits(table: &[kvm_cpuid_entry2]) -> u32 {
+    find(table, 0x8000_0008, 0).map_or(36, |leaf| leaf.eax & 0xff)
+}
+
 /// The entry for a leaf and subleaf.
 pub(crate) fn find(
     table: &[kvm_cpuid_entry2],

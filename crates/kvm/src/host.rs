@@ -4,6 +4,7 @@
 //! Host-physical addresses are this process's virtual addresses, so a table page is reached at its
 //! own address and a guest page is the program's own page.
 
+use crate::huge_page;
 use crate::pagemap;
 use crate::table_pool::TablePool;
 use crate::vanishing;
@@ -61,6 +62,10 @@ unsafe impl Host for ProcessMemory {
             writable,
             level: Level::L4K,
         })
+    }
+
+    fn mapping_level(&self, hva: u64) -> Level {
+        huge_page::level(hva)
     }
 
     fn flush_tlbs(&self) {

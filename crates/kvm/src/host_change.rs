@@ -4,6 +4,7 @@
 //! again until the call has returned. So no vCPU ever writes into memory that has become
 //! something else.
 
+use crate::mappings;
 use crate::vm::{self, Vm};
 use std::sync::Arc;
 use twofold_mmu::PendingChange;
@@ -19,6 +20,7 @@ impl HostChange {
         if !vm::any() {
             return None;
         }
+        mappings::forget_sizes();
         let start = address as u64 & !0xfff;
         let end = (address as u64)
             .saturating_add(length as u64)

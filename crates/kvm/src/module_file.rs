@@ -3,39 +3,74 @@
 //! A machine without `/dev/kvm` has none of them, and programs take their absence for the absence
 //! of KVM. The answers are those of a processor with two-dimensional paging.
 
-use crate::second_stage::{self, Kind};
+use crate::parameter::{self, Parameter};
+use crate::second_stage::Kind;
 use std::ffi::CStr;
 
-static COMMON: &[(&str, &[u8])] = &[
-    ("/sys/module/kvm/parameters/force_emulation_prefix", b"0\n"),
-    ("/sys/module/kvm/parameters/tdp_mmu", b"Y\n"),
-    ("/sys/module/kvm/parameters/eager_page_split", b"Y\n"),
-    ("/sys/module/kvm/parameters/enable_vmware_backdoor", b"N\n"),
-    ("/sys/module/kvm/parameters/enable_pmu", b"N\n"),
-    ("/sys/module/kvm/parameters/halt_poll_ns", b"0\n"),
-    ("/sys/module/kvm/parameters/ignore_msrs", b"N\n"),
-    ("/sys/module/kvm/parameters/report_ignored_msrs", b"Y\n"),
-    ("/sys/module/kvm/parameters/nx_huge_pages", b"N\n"),
+/// What a file holds.
+enum Text {
+    Fixed(&'static str),
+    /// What the environment says, or the default.
+    Of(&'static Parameter),
+}
+use Text::{Fixed, Of};
+
+static COMMON: &[(&str, Text)] = &[
+    (
+        "/sys/module/kvm/parameters/force_emulation_prefix",
+        Fixed("0\n"),
+    ),
+    ("/sys/module/kvm/parameters/tdp_mmu", Fixed("Y\n")),
+    (
+        "/sys/module/kvm/parameters/eager_page_split",
+        Of(&parameter::EAGER_PAGE_SPLIT),
+    ),
+    (
+        "/sys/module/kvm/parameters/enable_vmware_backdoor",
+        Fixed("N\n"),
+    ),
+    ("/sys/module/kvm/parameters/enable_pmu", Fixed("N\n")),
+    ("/sys/module/kvm/parameters/halt_poll_ns", Fixed("0\n")),
+    ("/sys/module/kvm/parameters/ignore_msrs", Fixed("N\n")),
+    (
+        "/sys/module/kvm/parameters/report_ignored_msrs",
+        Fixed("Y\n"),
+    ),
+    (
+        "/sys/module/kvm/parameters/nx_huge_pages",
+        Of(&parameter::NX_HUGE_PAGES),
+    ),
+    (
+        "/sys/module/kvm/parameters/nx_huge_pages_recovery_ratio",
+        Of(&parameter::NX_RECOVERY_RATIO),
+    ),
+    (
+        "/sys/module/kvm/parameters/nx_huge_pages_recovery_period_ms",
+        Of(&parameter::NX_RECOVERY_PERIOD),
+    ),
 ];
 
-static INTEL: &[(&str, &[u8])] = &[
-    ("/sys/module/kvm_intel/parameters/ept", b"Y\n"),
-    ("/sys/module/kvm_intel/parameters/eptad", b"Y\n"),
+static INTEL: &[(&str, Text)] = &[
+    ("/sys/module/kvm_intel/parameters/ept", Fixed("Y\n")),
+    (
+        "/sys/module/kvm_intel/parameters/eptad",
+        Of(&parameter::EPTAD),
+    ),
     (
         "/sys/module/kvm_intel/parameters/unrestricted_guest",
-        b"Y\n",
+        Fixed("Y\n"),
     ),
-    ("/sys/module/kvm_intel/parameters/nested", b"N\n"),
-    ("/sys/module/kvm_intel/parameters/pml", b"Y\n"),
+    ("/sys/module/kvm_intel/parameters/nested", Fixed("N\n")),
+    ("/sys/module/kvm_intel/parameters/pml", Of(&parameter::PML)),
     (
         "/sys/module/kvm_intel/parameters/allow_smaller_maxphyaddr",
-        b"N\n",
+        Fixed("N\n"),
     ),
 ];
 
-static AMD: &[(&str, &[u8])] = &[
-    ("/sys/module/kvm_amd/parameters/npt", b"Y\n"),
-    ("/sys/module/kvm_amd/parameters/nested", b"0\n"),
+static AMD: &[(&str, Text)] = &[
+    ("/sys/module/kvm_amd/parameters/npt", Fixed("Y\n")),
+    ("/sys/module/kvm_amd/parameters/nested", Fixed("0\n")),
 ];
 
 /// The content of a module file that programs read, or `None` for any other path.
@@ -47,19 +82,14 @@ pub(crate) fn content(path: &CStr) -> Option<&'static [u8]> {
     if !path.starts_with("/sys/module/kvm") {
         return None;
     }
-    let off = match path {
-        "/sys/module/kvm_intel/parameters/eptad" => !second_stage::has_accessed_dirty(),
-        "/sys/module/kvm_intel/parameters/pml" => !second_stage::has_pml(),
-        _ => false,
-    };
-    if off {
-        return Some(b"N\n");
-    }
     [COMMON, INTEL, AMD]
         .into_iter()
         .flatten()
         .find(|(known, _)| *known == path)
-        .map(|(_, text)| *text)
+        .map(|(_, text)| match text {
+            Fixed(text) => text.as_bytes(),
+            Of(parameter) => parameter.text().as_bytes(),
+        })
 }
 
 /// The files of the module that a second stage belongs to.

@@ -10,7 +10,7 @@
 use crate::mappings;
 use rustix::fd::BorrowedFd;
 use rustix::fs::{Mode, OFlags};
-use std::os::fd::{IntoRawFd, RawFd};
+use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
 use std::sync::atomic::{AtomicI32, Ordering};
 use twofold_arch::PAGE_SIZE;
 
@@ -68,6 +68,21 @@ pub(crate) fn forget_parent() {
 }
 
 fn entry(hva: u64) -> Option<u64> {
+    with_file(|file| {
+        let mut bytes = [0; 8];
+        match rustix::io::pread(file, &mut bytes, hva / PAGE_SIZE * 8) {
+            Ok(8) => Some(u64::from_le_bytes(bytes)),
+            Err(rustix::io::Errno::BADF) => {
+                forget_descriptor(file.as_raw_fd());
+                None
+            }
+            _ => None,
+        }
+    })?
+}
+
+/// What `work` finds in `/proc/self/pagemap`, or `None` if that cannot be opened.
+pub(crate) fn with_file<R>(work: impl FnOnce(BorrowedFd<'_>) -> R) -> Option<R> {
     let mut fd = DESCRIPTOR.load(Ordering::Relaxed);
     if fd == NONE {
         fd = open();
@@ -77,18 +92,10 @@ fn entry(hva: u64) -> Option<u64> {
     }
     // UNSAFETY: borrows a raw descriptor.
     #[expect(unsafe_code)]
-    // SAFETY: if the program closed it behind the interposed `close`, the read fails or reads
+    // SAFETY: if the program closed it behind the interposed `close`, the request fails or reads
     // something else, at worst eight bytes of another file; memory safety does not depend on it.
     let file = unsafe { BorrowedFd::borrow_raw(fd) };
-    let mut bytes = [0; 8];
-    match rustix::io::pread(file, &mut bytes, hva / PAGE_SIZE * 8) {
-        Ok(8) => Some(u64::from_le_bytes(bytes)),
-        Err(rustix::io::Errno::BADF) => {
-            forget_descriptor(fd);
-            None
-        }
-        _ => None,
-    }
+    Some(work(file))
 }
 
 #[cold]

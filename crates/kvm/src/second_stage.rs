@@ -1,10 +1,11 @@
 //! The VM's second-stage tables, in whichever format its processors walk.
 
 use crate::host::ProcessMemory;
+use crate::parameter;
 use std::ops::Range;
 use std::sync::Arc;
-use twofold_arch::Gpa;
 use twofold_arch::eptp::Eptp;
+use twofold_arch::{Gpa, Level};
 use twofold_cpu::{Machine, MachineConfig, SecondStage, SecondStageKind};
 use twofold_mmu::{
     Config, DirtyLogError, DirtyRingError, Ept, Fault, FaultError, ManualProtect, Mmu, Npt,
@@ -14,6 +15,8 @@ use twofold_mmu::{
 
 /// Bits of a host-physical address in the entries. They are this process's virtual addresses.
 const HOST_ADDRESS_BITS: u8 = 51;
+/// Bits of a guest-physical address that a table of four levels translates.
+const FOUR_LEVEL_BITS: u32 = 48;
 
 /// Which second-stage format a VM uses, and with it whose processor the guest sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -51,24 +54,6 @@ impl Kind {
     }
 }
 
-/// Whether Intel's processors set accessed and dirty flags in the tables (KVM's `eptad`), unless
-/// `TWOFOLD_EPTAD` says no.
-pub(crate) fn has_accessed_dirty() -> bool {
-    module_parameter("TWOFOLD_EPTAD")
-}
-
-/// Whether Intel's processors log what they write (KVM's `pml`), unless `TWOFOLD_PML` says no.
-pub(crate) fn has_pml() -> bool {
-    has_accessed_dirty() && module_parameter("TWOFOLD_PML")
-}
-
-/// A parameter of KVM's module that is on unless the environment turns it off, with a value that
-/// the kernel takes for "off": `N`, `n`, `0`, `off`.
-fn module_parameter(variable: &str) -> bool {
-    let value = std::env::var_os(variable);
-    !value.is_some_and(|value| ["N", "n", "0", "off"].iter().any(|off| value == *off))
-}
-
 /// The MMU of one VM.
 pub(crate) enum Tables {
     Ept(Mmu<Ept, ProcessMemory>),
@@ -89,8 +74,10 @@ impl Tables {
         let host = ProcessMemory::new(machine);
         let config = Config {
             maxphyaddr: HOST_ADDRESS_BITS,
-            accessed_dirty: has_accessed_dirty(),
-            pml: has_pml(),
+            accessed_dirty: parameter::EPTAD.is_on(),
+            pml: parameter::PML.is_on(),
+            eager_split: parameter::EAGER_PAGE_SPLIT.is_on(),
+            nx_huge_pages: parameter::NX_HUGE_PAGES.is_on(),
             ..Config::default()
         };
         match kind {
@@ -125,8 +112,29 @@ impl Tables {
         either!(self, mmu => mmu.ring_reader(memory))
     }
 
-    pub(crate) fn load_root(&self) -> Result<Root, OutOfMemory> {
-        either!(self, mmu => mmu.load_root(RootRole::NORMAL))
+    /// The root for a vCPU whose guest-physical addresses have so many bits.
+    pub(crate) fn load_root(&self, guest_address_bits: u32) -> Result<Root, OutOfMemory> {
+        let role = RootRole {
+            level: if guest_address_bits > FOUR_LEVEL_BITS {
+                Level::L256T
+            } else {
+                Level::L512G
+            },
+            ..RootRole::NORMAL
+        };
+        either!(self, mmu => mmu.load_root(role))
+    }
+
+    pub(crate) fn nx_huge_pages(&self) -> bool {
+        either!(self, mmu => mmu.nx_huge_pages())
+    }
+
+    pub(crate) fn disable_nx_huge_pages(&self) {
+        either!(self, mmu => mmu.set_nx_huge_pages(false));
+    }
+
+    pub(crate) fn recover_nx_huge_pages(&self, ratio: u32) -> u64 {
+        either!(self, mmu => mmu.recover_nx_huge_pages(ratio))
     }
 
     #[inline]

@@ -49,8 +49,8 @@ static VM_STATISTICS: &[Statistic<twofold_mmu::Stats>] = statistics! { twofold_m
     pages_4k NOW = |mmu| mmu.pages_4k;
     pages_2m NOW = |mmu| mmu.pages_2m;
     pages_1g NOW = |mmu| mmu.pages_1g;
-    // Neither exists without shadow paging or the iTLB multihit workaround.
-    nx_lpage_splits NOW = |_| 0;
+    nx_lpage_splits NOW = |mmu| mmu.nx_lpage_splits;
+    // There is no hash without shadow paging.
     max_mmu_page_hash_collisions PEAK = |_| 0;
 };
 

@@ -5,6 +5,7 @@ use crate::capability;
 use crate::fork;
 use crate::irqchip::{Irqchip, Model};
 use crate::msr_filter::{MsrAccess, MsrFilter};
+use crate::nx_recovery::Worker;
 use crate::second_stage::{Kind, Tables};
 use crate::summary;
 use crate::sync::{Mutex, ProcessMutex, RwLock};
@@ -17,8 +18,9 @@ use kvm_bindings::{
 };
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
+use rustix::thread::CapabilitySet;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant, SystemTime};
 use twofold_cpu::Machine;
 use twofold_mmu::region::RegionErrorKind;
@@ -69,6 +71,8 @@ pub struct Vm {
     tsc_khz: AtomicU32,
     /// Nanoseconds to add to the time since `started`; wraps.
     clock_offset: AtomicU64,
+    /// Where huge pages are not executable.
+    nx_recovery: OnceLock<Worker>,
 }
 
 /// What changes rarely, under one lock (KVM's `kvm->lock`).
@@ -113,7 +117,11 @@ impl Vm {
             pit: AtomicBool::new(false),
             tsc_khz: AtomicU32::new(0),
             clock_offset: AtomicU64::new(0),
+            nx_recovery: OnceLock::new(),
         });
+        if let Some(worker) = Worker::start(&vm)? {
+            let _ = vm.nx_recovery.set(worker);
+        }
         summary::begin();
         register(&vm);
         Ok(vm)
@@ -562,6 +570,20 @@ impl Vm {
         Ok(())
     }
 
+    /// `KVM_CAP_VM_DISABLE_NX_HUGE_PAGES`. Where processors have the erratum, a guest without
+    /// the mitigation can stop the machine; so the program must be allowed to reboot it.
+    fn disable_nx_huge_pages(&self, argument: u64) -> Result<(), Errno> {
+        let capabilities = rustix::thread::capabilities(None)?;
+        if !capabilities.effective.contains(CapabilitySet::SYS_BOOT) {
+            return Err(Errno::PERM);
+        }
+        if argument != 0 {
+            return Err(Errno::INVAL);
+        }
+        self.tables.disable_nx_huge_pages();
+        Ok(())
+    }
+
     /// `KVM_ENABLE_CAP` on a VM.
     ///
     /// # Errors
@@ -594,6 +616,7 @@ impl Vm {
             kvm::KVM_CAP_DIRTY_LOG_RING | kvm::KVM_CAP_DIRTY_LOG_RING_ACQ_REL => {
                 self.enable_dirty_ring(argument)
             }
+            kvm::KVM_CAP_VM_DISABLE_NX_HUGE_PAGES => self.disable_nx_huge_pages(argument),
             kvm::KVM_CAP_EXCEPTION_PAYLOAD => {
                 self.exception_payload
                     .store(argument != 0, Ordering::Relaxed);

@@ -9,6 +9,7 @@ use super::run_page::PIO_DATA_SIZE;
 use super::signal::Running;
 use super::{Vcpu, VcpuState};
 use crate::bus::Space;
+use crate::cpuid;
 use crate::irqchip::{self, Model};
 use crate::msr_filter::MsrAccess;
 use crate::vm::HypercallExits;
@@ -286,7 +287,9 @@ impl Vcpu {
         match &state.root {
             Some(root) if !root.is_obsolete() => Ok(()),
             _ => {
-                let root = self.vm.tables().load_root().map_err(|_| Errno::NOMEM)?;
+                let bits = cpuid::guest_address_bits(&state.cpuid);
+                let tables = self.vm.tables();
+                let root = tables.load_root(bits).map_err(|_| Errno::NOMEM)?;
                 state.cpu.set_second_stage(self.vm.tables().pointer(&root));
                 state.root = Some(root);
                 Ok(())
