@@ -71,8 +71,10 @@ pub(crate) const CR4_BITS: u64 = cr4::TSD
     | cr4::UMIP
     | cr4::LA57
     | cr4::FSGSBASE
+    | cr4::PCIDE
     | cr4::SMEP
-    | cr4::SMAP;
+    | cr4::SMAP
+    | cr4::PKE;
 /// Control bits of CR0 that there are.
 const CR0_BITS: u64 = cr0::PE
     | cr0::MP
@@ -101,7 +103,7 @@ impl Core {
         if (paging && value & cr0::PE == 0)
             || (value & cr0::NW != 0 && value & cr0::CD == 0)
             || (enabling && long && (self.cr4 & cr4::PAE == 0 || cs_long))
-            || (disabling && self.code64())
+            || (disabling && (self.code64() || self.cr4 & cr4::PCIDE != 0))
         {
             return Err(self.general_protection(0));
         }
@@ -118,9 +120,15 @@ impl Core {
         Ok(())
     }
 
-    fn write_cr3(&mut self, value: u64) -> Result<(), Trap> {
+    /// Writes CR3. With process-context identifiers, bit 63 asks to keep what is cached; forgetting
+    /// it all the same is always allowed, since a processor may drop translations at any time.
+    fn write_cr3(&mut self, mut value: u64) -> Result<(), Trap> {
+        const KEEP_CACHED: u64 = 1 << 63;
         if self.long_mode() {
-            let reserved = u64::MAX << self.machine.config().maxphyaddr;
+            if self.cr4 & cr4::PCIDE != 0 {
+                value &= !KEEP_CACHED;
+            }
+            let reserved = u64::MAX << self.physical_bits;
             if value & reserved != 0 {
                 return Err(self.general_protection(0));
             }
@@ -132,7 +140,10 @@ impl Core {
 
     fn write_cr4(&mut self, value: u64) -> Result<(), Trap> {
         let changed = self.cr4 ^ value;
-        if value & !CR4_BITS != 0
+        // Identifiers are turned on in long mode while the current one is 0.
+        let identifiers = changed & value & cr4::PCIDE != 0;
+        if value & !self.cr4_allowed != 0
+            || (identifiers && (!self.long_mode() || self.cr3 & 0xfff != 0))
             || (self.long_mode() && (value & cr4::PAE == 0 || changed & cr4::LA57 != 0))
         {
             return Err(self.general_protection(0));
@@ -141,7 +152,15 @@ impl Core {
         if changed & cr4::DE != 0 {
             self.update_breakpoints();
         }
-        if changed & (cr4::PSE | cr4::PAE | cr4::PGE | cr4::SMEP | cr4::SMAP | cr4::LA57) != 0 {
+        const PAGING: u64 = cr4::PSE
+            | cr4::PAE
+            | cr4::PGE
+            | cr4::PCIDE
+            | cr4::SMEP
+            | cr4::SMAP
+            | cr4::LA57
+            | cr4::PKE;
+        if changed & PAGING != 0 {
             self.flush_tlb();
         }
         self.update_mode();

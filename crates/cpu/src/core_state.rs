@@ -186,6 +186,10 @@ pub(crate) struct Core {
     pub(crate) io_buffer: Vec<u8>,
     /// CPUID table.
     pub(crate) cpuid: Vec<CpuidEntry>,
+    /// MAXPHYADDR as the guest sees it.
+    pub(crate) physical_bits: u8,
+    /// Bits of CR4 that the guest may set.
+    pub(crate) cr4_allowed: u64,
     /// Details of [`Trap::Exception`].
     pub(crate) fault: Exception,
     /// Details of [`Trap::Exit`].

@@ -107,6 +107,8 @@ impl Cpu {
             io_string: false,
             io_buffer: Vec::with_capacity(IO_BATCH_BYTES),
             cpuid: Vec::new(),
+            physical_bits: machine.config().maxphyaddr,
+            cr4_allowed: crate::control_registers::CR4_BITS,
             fault: Exception {
                 vector: 0,
                 error_code: None,
@@ -307,6 +309,8 @@ impl Cpu {
 
     /// Replaces the MSRs that instructions use, and XCR0.
     pub fn set_msrs(&mut self, msrs: &Msrs) {
+        // Also where translations depend on it.
+        self.core.set_pkru(msrs.pkru);
         self.core.msrs = *msrs;
     }
 
@@ -343,9 +347,17 @@ impl Cpu {
         self.core.update_breakpoints();
     }
 
-    /// Replaces the CPUID table.
+    /// Which debug events leave the processor.
+    #[inline]
+    pub fn debug_control(&self) -> &DebugControl {
+        &self.core.debug_control
+    }
+
+    /// Replaces the CPUID table. What it says of the width of physical addresses and of features that
+    /// CR4 controls holds from then on.
     pub fn set_cpuid(&mut self, table: Vec<CpuidEntry>) {
         self.core.cpuid = table;
+        self.core.update_features();
     }
 
     /// The CPUID table.

@@ -1,7 +1,9 @@
 //! The CPUID instruction and the table of what this processor offers.
 
+use crate::control_registers::CR4_BITS;
 use crate::core_state::Core;
 use crate::machine::SecondStageKind;
+use crate::random::Sources;
 use crate::sse::Host;
 use crate::state::{CpuidEntry, cr4};
 
@@ -31,19 +33,25 @@ mod leaf1_ecx {
     pub(super) const CX16: u32 = 1 << 13;
     pub(super) const SSE41: u32 = 1 << 19;
     pub(super) const SSE42: u32 = 1 << 20;
+    pub(super) const PCID: u32 = 1 << 17;
     pub(super) const MOVBE: u32 = 1 << 22;
     pub(super) const POPCNT: u32 = 1 << 23;
     pub(super) const AES: u32 = 1 << 25;
+    pub(super) const XSAVE: u32 = 1 << 26;
     pub(super) const OSXSAVE: u32 = 1 << 27;
+    pub(super) const RDRAND: u32 = 1 << 30;
 }
 
 /// Leaf 7 subleaf 0, EBX.
 mod leaf7_ebx {
     pub(super) const FSGSBASE: u32 = 1 << 0;
+    pub(super) const TSC_ADJUST: u32 = 1 << 1;
     pub(super) const BMI1: u32 = 1 << 3;
     pub(super) const SMEP: u32 = 1 << 7;
     pub(super) const BMI2: u32 = 1 << 8;
     pub(super) const ERMS: u32 = 1 << 9;
+    pub(super) const INVPCID: u32 = 1 << 10;
+    pub(super) const RDSEED: u32 = 1 << 18;
     pub(super) const ADX: u32 = 1 << 19;
     pub(super) const SMAP: u32 = 1 << 20;
     pub(super) const CLFLUSHOPT: u32 = 1 << 23;
@@ -53,8 +61,15 @@ mod leaf7_ebx {
 /// Leaf 7 subleaf 0, ECX.
 mod leaf7_ecx {
     pub(super) const UMIP: u32 = 1 << 2;
+    pub(super) const PKU: u32 = 1 << 3;
+    pub(super) const OSPKE: u32 = 1 << 4;
     pub(super) const LA57: u32 = 1 << 16;
     pub(super) const RDPID: u32 = 1 << 22;
+}
+
+/// Leaf 7 subleaf 0, EDX.
+mod leaf7_edx {
+    pub(super) const SERIALIZE: u32 = 1 << 14;
 }
 
 /// Leaf 0x80000001.
@@ -101,6 +116,7 @@ pub fn supported(kind: SecondStageKind, physical_bits: u8) -> Vec<CpuidEntry> {
         ..CpuidEntry::default()
     };
     let host_has = Host::detected();
+    let random = Sources::detected();
     let vector_extensions = [
         (host_has.sse3, leaf1_ecx::SSE3),
         (host_has.pclmulqdq, leaf1_ecx::PCLMULQDQ),
@@ -123,7 +139,12 @@ pub fn supported(kind: SecondStageKind, physical_bits: u8) -> Vec<CpuidEntry> {
             signature,
             // CLFLUSH lines of 64 bytes.
             8 << 8,
-            vector_extensions | leaf1_ecx::CX16 | leaf1_ecx::MOVBE | leaf1_ecx::POPCNT,
+            vector_extensions
+                | leaf1_ecx::CX16
+                | leaf1_ecx::PCID
+                | leaf1_ecx::MOVBE
+                | leaf1_ecx::POPCNT
+                | if random.rdrand { leaf1_ecx::RDRAND } else { 0 },
             leaf1_edx::DE
                 | leaf1_edx::PSE
                 | leaf1_edx::TSC
@@ -145,6 +166,9 @@ pub fn supported(kind: SecondStageKind, physical_bits: u8) -> Vec<CpuidEntry> {
                 7,
                 0,
                 leaf7_ebx::FSGSBASE
+                    | leaf7_ebx::TSC_ADJUST
+                    | leaf7_ebx::INVPCID
+                    | if random.rdseed { leaf7_ebx::RDSEED } else { 0 }
                     | leaf7_ebx::BMI1
                     | leaf7_ebx::SMEP
                     | leaf7_ebx::BMI2
@@ -153,8 +177,8 @@ pub fn supported(kind: SecondStageKind, physical_bits: u8) -> Vec<CpuidEntry> {
                     | leaf7_ebx::SMAP
                     | leaf7_ebx::CLFLUSHOPT
                     | leaf7_ebx::CLWB,
-                leaf7_ecx::UMIP | leaf7_ecx::LA57 | leaf7_ecx::RDPID,
-                0,
+                leaf7_ecx::UMIP | leaf7_ecx::PKU | leaf7_ecx::LA57 | leaf7_ecx::RDPID,
+                leaf7_edx::SERIALIZE,
             )
         },
         entry(0x8000_0000, 0x8000_0008, 0, 0, 0),
@@ -189,6 +213,36 @@ pub fn supported(kind: SecondStageKind, physical_bits: u8) -> Vec<CpuidEntry> {
 }
 
 impl Core {
+    /// Takes over what the table says about physical addresses and CR4.
+    pub(crate) fn update_features(&mut self) {
+        let find = |leaf: u32| {
+            let wanted = |entry: &&CpuidEntry| entry.leaf == leaf && entry.subleaf == 0;
+            self.cpuid.iter().find(wanted).copied().unwrap_or_default()
+        };
+        let (one, seven) = (find(1), find(7));
+        let gates = [
+            (one.ecx, leaf1_ecx::PCID, cr4::PCIDE),
+            (one.ecx, leaf1_ecx::XSAVE, cr4::OSXSAVE),
+            (seven.ebx, leaf7_ebx::FSGSBASE, cr4::FSGSBASE),
+            (seven.ebx, leaf7_ebx::SMEP, cr4::SMEP),
+            (seven.ebx, leaf7_ebx::SMAP, cr4::SMAP),
+            (seven.ecx, leaf7_ecx::UMIP, cr4::UMIP),
+            (seven.ecx, leaf7_ecx::PKU, cr4::PKE),
+            (seven.ecx, leaf7_ecx::LA57, cr4::LA57),
+        ];
+        let absent = |&(word, bit, _): &(u32, u32, u64)| word & bit == 0;
+        let forbidden = gates.iter().filter(|gate| absent(gate));
+        self.cr4_allowed = CR4_BITS & !forbidden.fold(0, |bits, gate| bits | gate.2);
+        let widest = self.machine.config().maxphyaddr;
+        let bits = match find(0x8000_0008).eax as u8 {
+            // Nothing is said.
+            0 => widest,
+            bits => bits,
+        };
+        self.physical_bits = bits.clamp(32, widest.max(32));
+        self.flush_tlb();
+    }
+
     /// EAX, EBX, ECX and EDX for a leaf and subleaf.
     pub(crate) fn cpuid_answer(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
         let find = |leaf: u32, subleaf: u32| {
@@ -211,6 +265,11 @@ impl Core {
             ecx &= !leaf1_ecx::OSXSAVE;
             if self.cr4 & cr4::OSXSAVE != 0 {
                 ecx |= leaf1_ecx::OSXSAVE;
+            }
+        } else if entry.leaf == 7 && subleaf == 0 {
+            ecx &= !leaf7_ecx::OSPKE;
+            if self.cr4 & cr4::PKE != 0 {
+                ecx |= leaf7_ecx::OSPKE;
             }
         }
         [eax, ebx, ecx, edx]

@@ -14,7 +14,10 @@ use iced_x86::Mnemonic as M;
 /// The handler for an instruction of this subject.
 pub(crate) fn select(form: &Form) -> Option<Handler> {
     Some(match form.mnemonic {
-        M::Int => |core, op| software_interrupt(core, op, op.imm as u8),
+        M::Int => |core, op| {
+            core.require_v86_iopl()?;
+            software_interrupt(core, op, op.imm as u8)
+        },
         M::Int3 => |core, op| {
             if core.debug_control.software_breakpoints {
                 return Err(core.leave(Exit::Debug {
@@ -47,7 +50,7 @@ pub(crate) fn select(form: &Form) -> Option<Handler> {
 
 /// Where an event comes from: decides the privilege check and the EXT bit of error codes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Source {
+pub(crate) enum Source {
     /// INT n, INT3, INTO: the gate's DPL is checked.
     Software,
     /// Exceptions, external interrupts, NMI.
@@ -68,9 +71,6 @@ fn is_contributory(vector: u8) -> bool {
 }
 
 fn software_interrupt(core: &mut Core, op: &Op, vector: u8) -> Result<(), Trap> {
-    if core.virtual_8086() && core.flags.system() & rflags::IOPL != rflags::IOPL {
-        return Err(core.general_protection(0));
-    }
     deliver_and_go(core, vector, None, Source::Software, op.next_ip())
 }
 
@@ -399,7 +399,7 @@ impl Core {
     }
 
     /// A stack pointer from the 64-bit TSS.
-    fn tss_stack(&mut self, offset: u64, source: Source) -> Result<u64, Trap> {
+    pub(crate) fn tss_stack(&mut self, offset: u64, source: Source) -> Result<u64, Trap> {
         if offset + 7 > u64::from(self.tr.limit) {
             let selector = u32::from(self.tr.selector & !3);
             return Err(self.gate_fault(vector::TS, selector, source));
@@ -414,9 +414,7 @@ impl Core {
         error_code: Option<u32>,
         source: Source,
     ) -> Result<(), Trap> {
-        if self.virtual_8086() {
-            return Err(self.unsupported());
-        }
+        let from_v86 = self.virtual_8086();
         let in_idt = u32::from(vector) << 3 | 2;
         let offset = u64::from(vector) * 8;
         if offset + 7 > u64::from(self.idt.limit) {
@@ -461,7 +459,11 @@ impl Core {
         }
         let inner = !descriptor.is_conforming() && descriptor.dpl() < self.cpl;
         let cpl = if inner { descriptor.dpl() } else { self.cpl };
+        if from_v86 && cpl != 0 {
+            return Err(self.gate_fault(vector::GP, about_selector, source));
+        }
         let image = self.saved_flags(vector, source);
+        let selectors = self.v86_selectors();
         let old = [
             u64::from(self.segment[usize::from(seg::SS)].selector),
             self.regs[gpr::RSP],
@@ -484,7 +486,8 @@ impl Core {
         };
         let mut top = stack;
         self.mark_accessed(&mut descriptor)?;
-        for value in words.iter().copied().chain(error) {
+        let segments = if from_v86 { &selectors[..] } else { &[] };
+        for value in segments.iter().chain(words).copied().chain(error) {
             top = top.wrapping_sub(size) & mask;
             let linear = stack_segment.base.wrapping_add(top) & 0xffff_ffff;
             if !inner {
@@ -505,6 +508,9 @@ impl Core {
             selector: selector & !3 | u16::from(cpl),
             ..code
         };
+        if from_v86 {
+            self.clear_v86_segments();
+        }
         self.cpl = cpl;
         self.rip = target;
         let mut cleared = rflags::TF | rflags::VM | rflags::RF | rflags::NT;
@@ -522,7 +528,7 @@ impl Core {
     }
 
     /// Stack segment and pointer of an inner level from the 32-bit TSS.
-    fn inner_stack(&mut self, cpl: u8, source: Source) -> Result<(Segment, u64), Trap> {
+    pub(crate) fn inner_stack(&mut self, cpl: u8, source: Source) -> Result<(Segment, u64), Trap> {
         let tss = u32::from(self.tr.selector & !3);
         let wide = self.tr.kind & 8 != 0;
         let (offset, size) = if wide {

@@ -2,6 +2,7 @@
 
 use crate::core_state::{Core, seg};
 use crate::form::{Form, Kind};
+use crate::gates::Gate;
 use crate::int::Int;
 use crate::mode::Mode;
 use crate::op::{Handler, Op};
@@ -60,8 +61,8 @@ impl Core {
             if returning {
                 return Err(self.selector_fault(vector::GP, selector));
             }
-            // Call gates, task gates and task segments.
-            return Err(self.unsupported());
+            // Only by `far_target`.
+            return Err(self.selector_fault(vector::GP, selector));
         }
         let dpl = descriptor.dpl();
         let allowed = descriptor.is_code()
@@ -88,9 +89,22 @@ impl Core {
         Ok((descriptor, if returning { rpl } else { self.cpl }))
     }
 
+    /// Where a far jump or call leads.
+    fn far_target(&mut self, selector: u16) -> Result<Target, Trap> {
+        if selector & !3 == 0 {
+            return Err(self.general_protection(0));
+        }
+        let descriptor = self.descriptor(selector, vector::GP)?;
+        if descriptor.is_code_or_data() {
+            let (descriptor, cpl) = self.code_descriptor(selector, false)?;
+            return Ok(Target::Code(descriptor, cpl));
+        }
+        self.call_gate(descriptor, selector).map(Target::Gate)
+    }
+
     /// Makes a code segment current and goes on at `offset` in it. Nothing has changed if this
     /// fails.
-    fn enter_code(
+    pub(crate) fn enter_code(
         &mut self,
         mut descriptor: Descriptor,
         selector: u16,
@@ -136,6 +150,12 @@ impl Core {
     }
 }
 
+/// Where a far jump or call leads: a code segment, with the level to run at, or a call gate.
+enum Target {
+    Code(Descriptor, u8),
+    Gate(Gate),
+}
+
 fn far_jump(core: &mut Core, _op: &Op, selector: u16, offset: u64) -> Result<(), Trap> {
     if !core.mode.has(Mode::PROTECTED) {
         if offset > u64::from(core.segment[usize::from(seg::CS)].limit) {
@@ -145,8 +165,10 @@ fn far_jump(core: &mut Core, _op: &Op, selector: u16, offset: u64) -> Result<(),
         core.rip = offset;
         return Ok(());
     }
-    let (descriptor, cpl) = core.code_descriptor(selector, false)?;
-    core.enter_code(descriptor, selector, cpl, offset)
+    match core.far_target(selector)? {
+        Target::Code(descriptor, cpl) => core.enter_code(descriptor, selector, cpl, offset),
+        Target::Gate(gate) => core.jump_through(gate),
+    }
 }
 
 fn jump_far_memory<T: Int>(core: &mut Core, op: &Op) -> Result<(), Trap> {
@@ -169,7 +191,10 @@ fn far_call<T: Int>(core: &mut Core, op: &Op, selector: u16, offset: u64) -> Res
     let after = core.rip;
     let from = core.segment[usize::from(seg::CS)].selector;
     let target = if core.mode.has(Mode::PROTECTED) {
-        Some(core.code_descriptor(selector, false)?)
+        match core.far_target(selector)? {
+            Target::Code(descriptor, cpl) => Some((descriptor, cpl)),
+            Target::Gate(gate) => return core.call_through(gate, op.next_ip()),
+        }
     } else {
         if offset > u64::from(core.segment[usize::from(seg::CS)].limit) {
             return Err(core.general_protection(0));
@@ -271,7 +296,9 @@ fn interrupt_return<T: Int>(core: &mut Core, _op: &Op) -> Result<(), Trap> {
     let selector = core.peek::<T>(T::BYTES)?.zero_extend() as u16;
     let image = core.peek::<T>(2 * T::BYTES)?.zero_extend();
     if core.virtual_8086() {
-        return Err(core.unsupported());
+        core.return_within_v86::<T>(ip, selector, image)?;
+        core.after_interrupt_return();
+        return Ok(());
     }
     if core.real_mode() {
         if ip > u64::from(core.segment[usize::from(seg::CS)].limit) {
@@ -295,7 +322,9 @@ fn interrupt_return<T: Int>(core: &mut Core, _op: &Op) -> Result<(), Trap> {
         });
     }
     if !core.long_mode() && image & rflags::VM != 0 && core.cpl == 0 && T::BITS == 32 {
-        return Err(core.unsupported());
+        core.return_to_v86(ip, selector, image)?;
+        core.after_interrupt_return();
+        return Ok(());
     }
     let mask = changeable_flags::<T>(core) | loads_resume;
     let (descriptor, cpl) = core.code_descriptor(selector, true)?;

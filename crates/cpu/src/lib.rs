@@ -16,8 +16,8 @@
 //! hypervisor's side. What an instruction computes is in `alu`, `shifts`, `muldiv`, `bits` and
 //! `sse` as functions over plain values; `integer`, `stack`, `control`, `strings` and `io` fetch
 //! their operands and store their results. `segments`, `far` and `events` know descriptors, far
-//! transfers, exceptions and interrupts; `breakpoints` the debug registers; `control_registers`, `msr`, `tables`, `syscall`,
-//! `system_flags`, `system` and `cpuid` are the system instructions. `memory` translates and
+//! transfers, exceptions and interrupts; `gates` and `virtual8086` two chapters of them; `breakpoints` the debug registers; `control_registers`, `msr`, `tables`, `syscall`,
+//! `system_flags`, `protection_keys`, `random`, `system` and `cpuid` are the system instructions. `memory` translates and
 //! accesses.
 
 mod alu;
@@ -37,6 +37,7 @@ mod far;
 mod flags;
 mod form;
 mod fuse;
+mod gates;
 mod int;
 mod integer;
 mod io;
@@ -47,6 +48,8 @@ mod mode;
 mod msr;
 mod muldiv;
 mod op;
+mod protection_keys;
+mod random;
 mod segments;
 mod shifts;
 mod sse;
@@ -59,6 +62,7 @@ mod system_flags;
 mod tables;
 mod time;
 mod trap;
+mod virtual8086;
 
 pub use barrier::{heavy_barrier, light_barrier};
 pub use cpu::Cpu;

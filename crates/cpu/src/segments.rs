@@ -49,6 +49,24 @@ pub(crate) fn select(form: &Form) -> Option<Handler> {
             4 => pop_segment::<u32>,
             _ => pop_segment::<u64>,
         },
+        (M::Arpl, Kind::Mem, _) => |core, op| {
+            let linear = arpl_place(core, op)?;
+            let selector: u16 = core.load(linear)?;
+            if let Some(adjusted) = adjust_level(core, op, selector) {
+                core.store(linear, adjusted)?;
+                core.flags.set_zf(true);
+            }
+            Ok(())
+        },
+        (M::Arpl, ..) => |core, op| {
+            core.require_protected()?;
+            let selector: u16 = core.reg(op.dst);
+            if let Some(adjusted) = adjust_level(core, op, selector) {
+                core.set_reg(op.dst, adjusted);
+                core.flags.set_zf(true);
+            }
+            Ok(())
+        },
         (M::Lds, ..) => select_far_pointer::<{ seg::DS }>(form),
         (M::Les, ..) => select_far_pointer::<{ seg::ES }>(form),
         (M::Lfs, ..) => select_far_pointer::<{ seg::FS }>(form),
@@ -157,6 +175,19 @@ impl Core {
         Ok(Descriptor { low, place })
     }
 
+    /// The second half of a 16-byte descriptor lies in its table too: #GP with the selector if not.
+    pub(crate) fn check_descriptor_half(&mut self, selector: u16) -> Result<(), Trap> {
+        let limit = if selector & 4 != 0 {
+            self.ldt.limit
+        } else {
+            u32::from(self.gdt.limit)
+        };
+        if u32::from(selector & !7) + 15 > limit {
+            return Err(self.selector_fault(vector::GP, selector));
+        }
+        Ok(())
+    }
+
     /// Sets the accessed bit of a code or data descriptor in its table.
     pub(crate) fn mark_accessed(&mut self, descriptor: &mut Descriptor) -> Result<(), Trap> {
         if descriptor.kind() & 1 == 0 {
@@ -233,7 +264,11 @@ impl Core {
             base: u64::from(selector) << 4,
             limit,
             big,
-            kind: if i == usize::from(seg::CS) { 11 } else { 3 },
+            kind: if i == usize::from(seg::CS) && !self.virtual_8086() {
+                11
+            } else {
+                3
+            },
             code_or_data: true,
             present: true,
             dpl: self.cpl,
@@ -285,6 +320,23 @@ fn pop_segment<T: Int>(core: &mut Core, op: &Op) -> Result<(), Trap> {
         return Err(trap);
     }
     Ok(())
+}
+
+/// Where ARPL's operand in memory is.
+fn arpl_place(core: &mut Core, op: &Op) -> Result<u64, Trap> {
+    core.require_protected()?;
+    Segmented::for_write(core, op, 2)
+}
+
+/// The selector with the source's requested level, if that is lower in privilege. ZF is clear if it
+/// is not.
+fn adjust_level(core: &mut Core, op: &Op, selector: u16) -> Option<u16> {
+    let level = core.reg::<u16>(op.src) & 3;
+    let lower = selector & 3 < level;
+    if !lower {
+        core.flags.set_zf(false);
+    }
+    lower.then_some(selector & !3 | level)
 }
 
 fn select_far_pointer<const SEGMENT: u8>(form: &Form) -> Handler {

@@ -327,6 +327,9 @@ pub struct Msrs {
     pub tsc_multiplier: u64,
     /// IA32_TSC_ADJUST: what the guest has added to its time stamp counter.
     pub tsc_adjust: u64,
+    /// PKRU, which WRPKRU writes: what each protection key of user pages forbids. (Not an MSR,
+    /// but kept where the other such registers are.)
+    pub pkru: u32,
     /// XCR0, which XSETBV writes. (Not an MSR, but kept where the other such registers are.)
     pub xcr0: u64,
 }
@@ -385,6 +388,7 @@ impl Default for Msrs {
             tsc_offset: 0,
             tsc_multiplier: 1 << 48,
             tsc_adjust: 0,
+            pkru: 0,
             xcr0: 1,
         }
     }

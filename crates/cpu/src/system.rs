@@ -33,7 +33,18 @@ pub(crate) fn select(form: &Form) -> Option<Handler> {
             core.stop = true;
             Ok(())
         },
+        (M::Invpcid, ..) => invpcid,
         (M::Invd | M::Wbinvd | M::Wbnoinvd, ..) => |core, _| core.require_ring_0(),
+        // No address is watched: MWAIT always finds a reason to go on.
+        (M::Monitor, ..) => |core, _| wait_hint(core, 0),
+        (M::Mwait, ..) => |core, _| wait_hint(core, MWAIT_BREAK_ON_INTERRUPT),
+        // There are no counters.
+        (M::Rdpmc, ..) => |core, _| Err(core.general_protection(0)),
+        (M::Serialize, ..) => |core, _| {
+            std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+            core.stop = true;
+            Ok(())
+        },
         (M::Hlt, ..) => |core, _| {
             core.require_ring_0()?;
             Err(core.leave(Exit::Halt))
@@ -129,6 +140,56 @@ fn hypercall(core: &mut Core, op: &Op, vmcall: bool) -> Result<(), Trap> {
     core.pending = Pending::Hypercall { answer: None };
     core.pending_rip = op.ip;
     Err(core.leave(Exit::Hypercall { vmcall }))
+}
+
+/// The extension bit of MWAIT that there is.
+const MWAIT_BREAK_ON_INTERRUPT: u32 = 1;
+
+/// MONITOR and MWAIT: #UD outside ring 0, #GP for extensions in ECX that are not there.
+fn wait_hint(core: &mut Core, extensions: u32) -> Result<(), Trap> {
+    if core.cpl > 0 {
+        return Err(core.invalid_opcode());
+    }
+    if core.reg::<u32>(RCX) & !extensions != 0 {
+        return Err(core.general_protection(0));
+    }
+    Ok(())
+}
+
+/// INVPCID: the descriptor holds an identifier and a linear address.
+fn invpcid(core: &mut Core, op: &Op) -> Result<(), Trap> {
+    if core.cpl > 0 {
+        return Err(core.general_protection(0));
+    }
+    let kind = if core.mode.has(crate::mode::Mode::CODE64) {
+        core.reg::<u64>(op.dst)
+    } else {
+        u64::from(core.reg::<u32>(op.dst))
+    };
+    let place = Segmented::for_read(core, op, 16)?;
+    let identifier: u64 = core.load(place)?;
+    let linear: u64 = core.load(place.wrapping_add(8))?;
+    let identified = matches!(kind, 0 | 1);
+    if kind > 3
+        || identifier >> 12 != 0
+        || (identified && identifier != 0 && core.cr4 & cr4::PCIDE == 0)
+        || (kind == 0 && !core.is_canonical(linear))
+    {
+        return Err(core.general_protection(0));
+    }
+    let current = if core.cr4 & cr4::PCIDE != 0 {
+        core.cr3 & 0xfff
+    } else {
+        0
+    };
+    // Only the current identifier's translations are cached.
+    match kind {
+        0 if identifier == current => core.flush_page(linear),
+        0 | 1 if identifier != current => {}
+        _ => core.flush_tlb(),
+    }
+    core.stop = true;
+    Ok(())
 }
 
 fn xgetbv(core: &mut Core, _op: &Op) -> Result<(), Trap> {

@@ -112,7 +112,7 @@ const LSL_TYPES: (u16, u16) = (1 << 2 | 1 << 9 | 1 << 11, 0b0000_1010_0000_1110)
 
 impl Core {
     /// #UD in real and virtual-8086 mode.
-    fn require_protected(&mut self) -> Result<(), Trap> {
+    pub(crate) fn require_protected(&mut self) -> Result<(), Trap> {
         if self.mode.has(Mode::PROTECTED) {
             Ok(())
         } else {
@@ -154,9 +154,7 @@ impl Core {
         let mut segment = descriptor.segment(selector);
         if self.long_mode() {
             // The descriptor has 16 bytes; the second half holds the base's upper half.
-            if u32::from(selector & !7) + 15 > u32::from(self.gdt.limit) {
-                return Err(self.selector_fault(vector::GP, selector));
-            }
+            self.check_descriptor_half(selector)?;
             let high: u64 = self.load_sys(descriptor.place.wrapping_add(8))?;
             segment.base |= high << 32;
             if !self.is_canonical(segment.base) || high >> 40 & 0x1f != 0 {

@@ -165,13 +165,8 @@ impl Core {
     pub(crate) fn flush_tlb(&mut self) {
         self.mem.tlb.flush();
         self.mem.directories.fill(None);
-        self.mem.paging = Paging::new(
-            self.cr0,
-            self.cr3,
-            self.cr4,
-            self.efer,
-            self.machine.config().maxphyaddr,
-        );
+        self.mem.paging = Paging::new(self.cr0, self.cr3, self.cr4, self.efer, self.physical_bits)
+            .with_keys(self.cr4, self.msrs.pkru);
         self.update_rights();
         self.epoch += 1;
         self.counters.tlb_flushes += 1;

@@ -16,6 +16,7 @@ pub(crate) mod code {
     pub(crate) const USER: u32 = 1 << 2;
     pub(crate) const RESERVED: u32 = 1 << 3;
     pub(crate) const FETCH: u32 = 1 << 4;
+    pub(crate) const KEY: u32 = 1 << 5;
 }
 
 const PRESENT: u64 = 1 << 0;
@@ -99,6 +100,8 @@ pub(crate) struct Paging {
     smep: bool,
     smap: bool,
     maxphyaddr: u8,
+    /// PKRU, if protection keys are in force.
+    keys: Option<u32>,
 }
 
 /// What is done at a linear address, and with whose rights.
@@ -124,6 +127,8 @@ pub(crate) struct Mapping {
     pub(crate) writable: bool,
     /// Some entry forbids fetches.
     pub(crate) no_execute: bool,
+    /// The leaf's protection key.
+    pub(crate) key: u8,
     /// The leaf's dirty flag is set, or there is none.
     pub(crate) dirty: bool,
 }
@@ -218,7 +223,30 @@ impl Paging {
             smep: cr4 & cr4::SMEP != 0,
             smap: cr4 & cr4::SMAP != 0,
             maxphyaddr,
+            keys: None,
         }
+    }
+
+    /// With the rights that PKRU gives to protection keys, if CR4 and the kind of paging put them in
+    /// force.
+    pub(crate) fn with_keys(self, cr4: u64, pkru: u32) -> Self {
+        let long = matches!(self.kind, Kind::Long4 | Kind::Long5);
+        Self {
+            keys: (long && cr4 & cr4::PKE != 0).then_some(pkru),
+            ..self
+        }
+    }
+
+    /// Whether the page's protection key forbids the access (SDM Vol. 3, "Protection Keys").
+    fn key_forbids(&self, mapping: &Mapping, access: LinearAccess) -> bool {
+        let Some(rights) = self.keys else {
+            return false;
+        };
+        if access.fetch || !mapping.user {
+            return false;
+        }
+        let rights = rights >> (2 * mapping.key);
+        rights & 1 != 0 || (rights & 2 != 0 && access.write && (access.user || self.write_protect))
     }
 
     /// CR4.SMAP is set.
@@ -294,6 +322,9 @@ impl Paging {
         if !access.user && mapping.user && self.smap && !access.smap_suspended {
             return false;
         }
+        if self.key_forbids(mapping, access) {
+            return false;
+        }
         !access.write || mapping.writable || (!access.user && !self.write_protect)
     }
 
@@ -314,6 +345,7 @@ impl Paging {
                 user: true,
                 writable: true,
                 no_execute: false,
+                key: 0,
                 dirty: true,
             });
         }
@@ -403,10 +435,14 @@ impl Paging {
                     user,
                     writable,
                     no_execute,
+                    key: (entry >> 59 & 15) as u8,
                     dirty: access.write || entry & DIRTY != 0,
                 };
                 if !self.permits(&mapping, access) {
-                    let error = self.access_code(access) | code::PRESENT;
+                    let mut error = self.access_code(access) | code::PRESENT;
+                    if self.key_forbids(&mapping, access) {
+                        error |= code::KEY;
+                    }
                     return Err(Failure::PageFault(error));
                 }
                 for &(place, entry) in &stale[..stale_count] {

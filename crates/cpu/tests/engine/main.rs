@@ -4,5 +4,6 @@ mod code;
 mod debug;
 mod events;
 mod exits;
+mod features;
 mod guest;
 mod modes;
