@@ -354,15 +354,16 @@ pub fn touch<F: Processor>(
     flags: bool,
 ) -> Result<bool, Pferr> {
     let access = if write { Pferr::WRITE } else { Pferr::USER };
-    let (mut table, mut level) = (root, level);
+    let (mut table, mut at) = (root, level);
     loop {
-        let index = level.index(gpa.frame());
-        match F::entry(world.read(table, index), level) {
+        let index = at.index(gpa.frame());
+        let value = world.read(table, index);
+        match F::entry(value, at) {
             Step::Nothing => return Err(access | Pferr::GUEST_FINAL),
             Step::Refused => return Err(access | Pferr::GUEST_FINAL | Pferr::RSVD),
             Step::Table(next) => {
                 table = next;
-                level = level.below().unwrap();
+                at = at.below().unwrap();
             }
             Step::Leaf { write: false, .. } if write => {
                 return Err(access | Pferr::GUEST_FINAL | Pferr::PRESENT);
@@ -373,8 +374,17 @@ pub fn touch<F: Processor>(
                 let pointer = (table.get() - world.offset) as *mut u64;
                 // SAFETY: as for `World::read`.
                 let entry = unsafe { AtomicU64::from_ptr(pointer.add(index)) };
-                let old = entry.fetch_or(bits, Ordering::AcqRel);
-                return Ok(write && old & F::DIRTY == 0);
+                let set = entry.compare_exchange(
+                    value,
+                    value | bits,
+                    Ordering::AcqRel,
+                    Ordering::Relaxed,
+                );
+                if set.is_ok() {
+                    return Ok(write && value & F::DIRTY == 0);
+                }
+                // Someone has changed the entry: the walk begins anew.
+                (table, at) = (root, level);
             }
         }
     }
