@@ -24,8 +24,9 @@ const fn bits(numbers: &[u32]) -> u32 {
 
 /// FPU, DE, PSE, TSC, MSR, PAE, CX8, SEP, MTRR, PGE, CMOV, PAT, PSE36, CLFSH, FXSR, SSE, SSE2.
 const LEAF_1_EDX: u32 = bits(&[0, 2, 3, 4, 5, 6, 8, 11, 12, 13, 15, 16, 17, 19, 24, 25, 26]);
-/// SSE3, SSSE3, CX16, SSE4.1, SSE4.2, MOVBE, POPCNT, and the bit that says "a virtual machine".
-const LEAF_1_ECX: u32 = bits(&[0, 9, 13, 19, 20, 22, 23, 31]);
+/// SSE3, SSSE3, CX16, SSE4.1, SSE4.2, x2APIC (which an in-kernel local APIC has), MOVBE, POPCNT, and
+/// the bit that says "a virtual machine".
+const LEAF_1_ECX: u32 = bits(&[0, 9, 13, 19, 20, 21, 22, 23, 31]);
 /// FSGSBASE, TSC_ADJUST, SMEP, ERMS, SMAP.
 const LEAF_7_EBX: u32 = bits(&[0, 1, 7, 9, 20]);
 /// LAHF in 64-bit mode, PREFETCHW.

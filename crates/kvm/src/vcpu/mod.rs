@@ -4,6 +4,7 @@ mod counters;
 mod events;
 mod exit;
 mod fpu;
+mod lapic;
 mod msr;
 mod registers;
 mod run;
@@ -24,6 +25,7 @@ use crate::sync::Mutex;
 use crate::vm::Vm;
 use crate::{cpuid, tsc, usercopy};
 use exit::Answer;
+use lapic::Lapic;
 use kvm_bindings::{
     KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED,
     kvm_cpuid_entry2, kvm_debugregs, kvm_fpu, kvm_guest_debug, kvm_lapic_state, kvm_mp_state,
@@ -69,7 +71,7 @@ pub(crate) struct VcpuState {
     has_run: bool,
     mp_state: u32,
     apic_base: u64,
-    lapic: Option<Box<kvm_lapic_state>>,
+    lapic: Option<Lapic>,
     stored_msrs: msr::Stored,
     /// The exception that waits has been injected, rather than being pending.
     exception_injected: bool,
@@ -114,7 +116,7 @@ impl VcpuCore {
                 KVM_MP_STATE_UNINITIALIZED
             },
             apic_base: APIC_BASE_RESET | if is_bsp { APIC_BASE_BSP } else { 0 },
-            lapic: (irqchip != Model::None).then(|| new_lapic(id)),
+            lapic: (irqchip != Model::None).then(|| Lapic::new(id)),
             stored_msrs: msr::Stored::default(),
             exception_injected: false,
             signal_mask: None,
@@ -133,27 +135,6 @@ impl VcpuCore {
         });
         Ok((core, file))
     }
-}
-
-/// A local APIC after reset: its id, version, and everything masked.
-fn new_lapic(id: u32) -> Box<kvm_lapic_state> {
-    let mut lapic = Box::new(kvm_lapic_state::default());
-    let mut put = |register: usize, value: u32| {
-        for (byte, new) in lapic.regs[register..register + 4]
-            .iter_mut()
-            .zip(value.to_le_bytes())
-        {
-            *byte = new as _;
-        }
-    };
-    put(0x20, id << 24);
-    put(0x30, 0x5_0014);
-    put(0xe0, u32::MAX);
-    put(0xf0, 0xff);
-    for local_vector in [0x320, 0x330, 0x340, 0x350, 0x360, 0x370] {
-        put(local_vector, 1 << 16);
-    }
-    lapic
 }
 
 /// A virtual processor: what a vCPU descriptor refers to. Clones refer to the same vCPU, and keep
@@ -411,7 +392,8 @@ impl Vcpu {
     /// # Errors
     /// `EINVAL` without an in-kernel local APIC.
     pub fn get_lapic(&self) -> Result<kvm_lapic_state, Errno> {
-        self.state().lapic.as_deref().copied().ok_or(Errno::INVAL)
+        let state = self.state();
+        Ok(state.lapic.as_ref().ok_or(Errno::INVAL)?.state())
     }
 
     /// `KVM_SET_LAPIC`
@@ -419,7 +401,12 @@ impl Vcpu {
     /// # Errors
     /// `EINVAL` without an in-kernel local APIC.
     pub fn set_lapic(&self, lapic: &kvm_lapic_state) -> Result<(), Errno> {
-        **self.state().lapic.as_mut().ok_or(Errno::INVAL)? = *lapic;
+        let mut state = self.state();
+        state
+            .lapic
+            .as_mut()
+            .ok_or(Errno::INVAL)?
+            .set_state(lapic);
         Ok(())
     }
 

@@ -1,6 +1,7 @@
 //! Model-specific registers: `KVM_GET_MSRS`, `KVM_SET_MSRS`, and RDMSR and WRMSR of the guest.
 
 use super::VcpuState;
+use super::lapic::{self, Refused};
 use crate::tsc::Sync;
 use twofold_cpu::Msrs;
 use twofold_cpu::state::{cr0, efer};
@@ -21,6 +22,7 @@ const IA32_MCG_STATUS: u32 = 0x17a;
 const IA32_MISC_ENABLE: u32 = 0x1a0;
 const IA32_DEBUGCTL: u32 = 0x1d9;
 const IA32_POWER_CTL: u32 = 0x1fc;
+pub(super) const IA32_TSC_DEADLINE: u32 = 0x6e0;
 const IA32_MTRR_PHYSBASE0: u32 = 0x200;
 const IA32_MTRR_LAST_VARIABLE: u32 = 0x20f;
 const IA32_MTRR_FIX64K: u32 = 0x250;
@@ -199,6 +201,14 @@ impl VcpuState {
             IA32_TSC => self.cpu.tsc(),
             IA32_TSC_ADJUST => msrs.tsc_adjust,
             IA32_APIC_BASE => self.apic_base,
+            IA32_TSC_DEADLINE => 0,
+            _ if lapic::X2APIC.contains(&index) => {
+                let lapic = self.lapic.as_ref()?;
+                if self.apic_base & lapic::base::X2APIC == 0 {
+                    return None;
+                }
+                lapic.read_msr(index, self.cpu.cr8())?
+            }
             IA32_PLATFORM_ID | IA32_MCG_CAP | IA32_DEBUGCTL => 0,
             // Eight variable ranges, the fixed ranges, write-combining.
             IA32_MTRRCAP => 0x508,
@@ -228,7 +238,11 @@ impl VcpuState {
         match index {
             MSR_HWCR => value &= !HWCR_IGNORED,
             MSR_PLATFORM_INFO if from_guest => return false,
-            IA32_APIC_BASE => return self.set_apic_base(value),
+            IA32_APIC_BASE => return self.set_apic_base(value, from_guest),
+            IA32_TSC_DEADLINE => return true,
+            _ if lapic::X2APIC.contains(&index) => {
+                return self.write_x2apic(index, value) == Ok(());
+            }
             IA32_EFER => return self.set_efer(value, from_guest),
             IA32_FS_BASE | IA32_GS_BASE => {
                 if !is_canonical(value) {
@@ -278,13 +292,37 @@ impl VcpuState {
         self.cpu.set_msrs(&msrs);
     }
 
-    fn set_apic_base(&mut self, value: u64) -> bool {
-        let valid = ((1 << crate::cpuid::GUEST_ADDRESS_BITS) - 1) & !0x6ff;
-        if value & !valid != 0 {
+    /// Whether IA32_APIC_BASE takes a value: x2APIC mode is there with a local APIC, needs it
+    /// enabled, and the guest enters it from the enabled state and leaves it to the disabled one.
+    fn set_apic_base(&mut self, value: u64, from_guest: bool) -> bool {
+        const MODE: u64 = lapic::base::X2APIC | lapic::base::ENABLED;
+        let valid = ((1 << crate::cpuid::GUEST_ADDRESS_BITS) - 1) & !0x2ff;
+        let (before, now) = (self.apic_base & MODE, value & MODE);
+        let x2apic = now & lapic::base::X2APIC != 0;
+        if value & !valid != 0
+            || (x2apic && (now != MODE || self.lapic.is_none()))
+            || (from_guest && before == MODE && now == lapic::base::ENABLED)
+            || (from_guest && before == 0 && now == MODE)
+        {
             return false;
+        }
+        if let Some(lapic) = &mut self.lapic {
+            lapic.set_base(self.apic_base, value);
         }
         self.apic_base = value;
         true
+    }
+
+    /// Sets a register of x2APIC.
+    pub(super) fn write_x2apic(&mut self, index: u32, value: u64) -> Result<(), Refused> {
+        let enabled = self.apic_base & lapic::base::X2APIC != 0;
+        let Some(lapic) = self.lapic.as_mut().filter(|_| enabled) else {
+            return Err(Refused::Fault);
+        };
+        let mut cr8 = self.cpu.cr8();
+        let result = lapic.write_msr(index, value, &mut cr8);
+        self.cpu.set_cr8(cr8);
+        result
     }
 
     fn set_efer(&mut self, value: u64, from_guest: bool) -> bool {

@@ -4,7 +4,8 @@
 //! allocates nothing and takes one uncontended mutex.
 
 use super::exit::Answer;
-use super::msr::MSR_PLATFORM_INFO;
+use super::lapic::{self, Lapic, Refused};
+use super::msr::{IA32_TSC_DEADLINE, MSR_PLATFORM_INFO};
 use super::run_page::PIO_DATA_SIZE;
 use super::signal::Running;
 use super::{Vcpu, VcpuState};
@@ -176,6 +177,9 @@ impl Vcpu {
             }
             self.load_root(state)?;
             state.cpu.set_msr_exits(self.vm.filters_msrs());
+            if state.lapic.is_some() {
+                state.deliver_from_lapic(page.request_interrupt_window());
+            }
             let exit = self.run_processor(state);
             self.core.counters.exits.increment();
             let next = match exit {
@@ -196,6 +200,8 @@ impl Vcpu {
                 Exit::Rdmsr { index } => self.read_msr(state, index),
                 Exit::Wrmsr { index, value } => self.write_msr(state, index, value),
                 Exit::Hypercall { .. } => self.hypercall(state),
+                // The local APIC's interrupt is delivered on the way back.
+                Exit::InterruptWindow if !page.request_interrupt_window() => Next::Enter,
                 Exit::InterruptWindow => {
                     self.core.counters.irq_window_exits.increment();
                     self.core.counters.request_irq_exits.increment();
@@ -553,6 +559,21 @@ impl Vcpu {
     }
 
     fn write_msr(&self, state: &mut VcpuState, index: u32, value: u64) -> Next {
+        let to_lapic = match index {
+            IA32_TSC_DEADLINE => state.lapic.as_ref().map_or(Ok(()), Lapic::write_deadline),
+            _ if lapic::X2APIC.contains(&index) => {
+                let result = state.write_x2apic(index, value);
+                state.cpu.complete_wrmsr(result.is_ok());
+                if result.is_ok() {
+                    return Next::Enter;
+                }
+                result
+            }
+            _ => Ok(()),
+        };
+        if let Err(Refused::Unsupported(what)) = to_lapic {
+            return self.irqchip_used(what, index.into());
+        }
         let allowed = self.vm.allows_msr(index, MsrAccess::WRITE);
         let accepted = allowed && state.set_msr(index, value, true);
         if !accepted {
@@ -687,6 +708,22 @@ impl Vcpu {
 }
 
 impl VcpuState {
+    /// Hands the processor the interrupt that the local APIC holds for it, or asks to be told when
+    /// it can take one.
+    #[inline]
+    fn deliver_from_lapic(&mut self, program_waits: bool) {
+        let Some(lapic) = &mut self.lapic else { return };
+        let blocked = self.cpu.debug_control().block_interrupts;
+        let pending = lapic.pending(self.cpu.cr8()).filter(|_| !blocked);
+        let open = self.cpu.interrupt_window_open();
+        if let (Some(vector), true) = (pending, open) {
+            lapic.accept(vector);
+            self.cpu.inject_interrupt(vector);
+        }
+        self.cpu
+            .request_interrupt_window(program_waits || pending.is_some() && !open);
+    }
+
     fn rip(&self) -> u64 {
         self.cpu.rip()
     }
