@@ -14,9 +14,9 @@ use crate::region::RegionFlags;
 use crate::root::{Root, RootState};
 use crate::slots::UPDATE_IN_PROGRESS;
 use crate::spte::{self, AdBits, Leaf, Writable};
-use crate::tables::Pages;
+use crate::tables::{LeafTable, Pages};
 use twofold_arch::{Gfn, Gpa, Hpa, Level, Pferr};
-use twofold_table::{BuildError, Debt, Entry, Height, Seen, Table};
+use twofold_table::{BuildError, Debt, Entry, Height, Section, Seen, Table};
 
 /// A second-stage fault as the processor reports it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -154,16 +154,24 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         }
         for _ in 0..ATTEMPTS {
             let snapshot = self.invalidation.snapshot();
-            let Some(known) = self.find_slot(sections, memory, root.role.as_id(), gfn) else {
+            if !self.remember_slot(sections, memory, root.role.as_id(), gfn) {
                 if self.is_private(gfn) {
                     return Err(FaultError::WrongKind { private: true });
                 }
                 return self.no_slot(state, sections, memory, root, fault.gpa);
+            }
+            // Looked at where it is remembered, since copying it would be most of what a fault does.
+            let Some(known) = &memory.slots[usize::from(root.role.as_id())] else {
+                return Ok(Outcome::Retry);
             };
+            let half;
             let known = match self.config.private_memory {
                 None => known,
-                Some(policy) => match self.half_of(policy, sections, known, gfn, error)? {
-                    Some(known) => known,
+                Some(policy) => match self.half_of(policy, sections, *known, gfn, error)? {
+                    Some(known) => {
+                        half = known;
+                        &half
+                    }
                     None => return Ok(Outcome::Retry),
                 },
             };
@@ -177,23 +185,25 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             };
             let page = match populated {
                 Ok(page) if error.is_write() && !page.writable => {
-                    return self.refused(&known, snapshot, FaultError::bad(&known));
+                    return self.refused(known, snapshot, FaultError::bad(known));
                 }
                 Ok(page) => page,
                 Err(PopulateError::Fault) => {
-                    return self.refused(&known, snapshot, FaultError::bad(&known));
+                    return self.refused(known, snapshot, FaultError::bad(known));
                 }
                 Err(PopulateError::Poisoned) => {
-                    return self.refused(&known, snapshot, FaultError::poisoned(&known));
+                    return self.refused(known, snapshot, FaultError::poisoned(known));
                 }
                 Err(PopulateError::Interrupted) => return Err(FaultError::Interrupted),
                 Err(PopulateError::Again) => return Ok(Outcome::Retry),
             };
-            if let Some(outcome) = self.map_near(
-                state, sections, memory, root, &known, snapshot, fault, &page,
+            let leaf_table = &mut memory.leaf_table;
+            if let Some(outcome) = self.map_in_table(
+                state, sections, leaf_table, root, known, snapshot, fault, &page,
             ) {
                 return Ok(outcome);
             }
+            let known = *known;
             let mapped =
                 self.map_anywhere(state, sections, memory, root, &known, snapshot, fault, page)?;
             if let Some(outcome) = mapped {
@@ -239,6 +249,32 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         }
     }
 
+    /// Whether a slot holds `gfn`, which is then the one that is remembered.
+    #[inline(always)]
+    fn remember_slot(
+        &self,
+        sections: &mut Sections<'_>,
+        memory: &mut Memory,
+        as_id: u16,
+        gfn: Gfn,
+    ) -> bool {
+        self.remembers_slot(memory, as_id, gfn)
+            || self
+                .search_slot_apart(sections, memory, as_id, gfn)
+                .is_some()
+    }
+
+    /// Whether the slot that was found last holds `gfn` and no slot has changed since.
+    #[inline(always)]
+    fn remembers_slot(&self, memory: &Memory, as_id: u16, gfn: Gfn) -> bool {
+        let Some(space) = self.spaces.get(usize::from(as_id)) else {
+            return false;
+        };
+        memory.slots[usize::from(as_id)]
+            .as_ref()
+            .is_some_and(|known| known.hint.is_of(space.generation()) && known.info.contains(gfn))
+    }
+
     /// The slot that was found last, if it holds `gfn` and no slot has changed since.
     #[inline(always)]
     pub(crate) fn remembered_slot(
@@ -247,9 +283,10 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         as_id: u16,
         gfn: Gfn,
     ) -> Option<KnownSlot> {
-        let generation = self.spaces.get(usize::from(as_id))?.generation();
-        memory.slots[usize::from(as_id)]
-            .filter(|known| known.hint.is_of(generation) && known.info.contains(gfn))
+        match self.remembers_slot(memory, as_id, gfn) {
+            true => memory.slots[usize::from(as_id)],
+            false => None,
+        }
     }
 
     /// [`search_slot`](Self::search_slot), out of the way of the faults that do not need it.
@@ -289,18 +326,18 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         Some(known)
     }
 
-    /// Maps a small page into an empty entry of the leaf table of the last fault: what most faults
-    /// come to. `None` if anything is not as it usually is.
+    /// Maps a small page into an empty entry of a table that is there, which is often that of the
+    /// last fault: what most faults come to. `None` if anything is not as it usually is.
     #[expect(
         clippy::too_many_arguments,
         reason = "the state of one fault, in registers"
     )]
     #[inline(always)]
-    fn map_near(
+    fn map_in_table(
         &self,
         state: &ReaderState,
         sections: &mut Sections<'_>,
-        memory: &Memory,
+        leaf_table: &mut Option<LeafTable>,
         root: &RootState,
         known: &KnownSlot,
         snapshot: Snapshot,
@@ -322,15 +359,35 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             return None;
         }
         let table = self.table_in(root.table, &section);
-        let seen = Self::look_again(&table, memory.leaf_table, gfn, self.epoch(&section))?;
+        let epoch = self.epoch(&section);
+        let remembered = Self::look_again(&table, *leaf_table, gfn, epoch);
+        let seen = match remembered {
+            Some(seen) => seen,
+            None => self.look_elsewhere(root, &section, fault.gpa)?,
+        };
         if seen.value() != F::EMPTY {
             return None;
         }
         table
             .install(seen, small_leaf(known, page, root.ad).encode::<F>())
             .ok()?;
+        if remembered.is_none() {
+            *leaf_table = Some(Self::remember(root.table, seen.place(), fault.gpa, epoch));
+        }
         state.count_mapped(Level::L4K);
         Some(Outcome::Fixed { level: Level::L4K })
+    }
+
+    /// The entry for `gpa` in whichever table of small pages covers it, if there is one. Apart, so
+    /// that the faults that do not need it keep the root in registers.
+    #[inline(never)]
+    fn look_elsewhere(&self, root: &RootState, section: &Section<'_>, gpa: Gpa) -> Option<Seen> {
+        let table = self.table_in(root.table, section);
+        if gpa.get() >= table.end() {
+            return None;
+        }
+        let seen = table.lookup(gpa, Height::LEAF);
+        (seen.place().height() == Height::LEAF).then_some(seen)
     }
 
     /// Maps a page that the host has made present, at the largest level that is possible. `None` if
