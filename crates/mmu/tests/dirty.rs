@@ -382,6 +382,25 @@ fn a_processor_with_a_log_does_not_fault_for_pages_that_were_collected() {
     vm.round(|_| true);
 }
 
+/// Ageing does not flush: a processor may go on writing through what it has, until the page is
+/// collected.
+#[test]
+fn a_page_that_has_aged_is_not_written_unnoticed_after_it_was_collected() {
+    for form in FORMS {
+        for means in [Means::Log, Means::Flags, Means::Nothing] {
+            let mut vm = Vm::<Ept>::new(form, means);
+            vm.toggle();
+            vm.round(|_| true);
+            vm.access(3, true);
+            vm.age(3);
+            vm.access(3, true);
+            vm.round(|_| true);
+            vm.access(3, true);
+            vm.round(|_| true);
+        }
+    }
+}
+
 #[test]
 fn the_tables_of_a_nested_guest_are_protected_even_if_the_processor_has_a_log() {
     let mut vm = Vm::<Ept>::new(Form::Bitmap, Means::Log);
