@@ -103,7 +103,9 @@ pub fn mmap_check(
             flags & libc::MAP_TYPE != libc::MAP_PRIVATE,
             prot & libc::PROT_EXEC != 0,
         ),
-        Object::System | Object::Vm(_) | Object::Stats(_) => Some(Errno::NODEV),
+        Object::System | Object::Vm(_) | Object::Stats(_) | Object::GuestMemory(_) => {
+            Some(Errno::NODEV)
+        }
     }
 }
 
@@ -139,7 +141,9 @@ pub fn before_read(fd: RawFd) -> Option<Errno> {
             stats.refresh();
             None
         }
-        Object::System | Object::Vm(_) | Object::Vcpu(_) => Some(Errno::INVAL),
+        Object::System | Object::Vm(_) | Object::Vcpu(_) | Object::GuestMemory(_) => {
+            Some(Errno::INVAL)
+        }
     }
 }
 
@@ -149,8 +153,27 @@ pub fn before_read(fd: RawFd) -> Option<Errno> {
 pub fn before_write(fd: RawFd) -> Option<Errno> {
     match fd_table::get(fd)?.object()? {
         Object::Stats(_) => Some(Errno::BADF),
-        Object::System | Object::Vm(_) | Object::Vcpu(_) => Some(Errno::INVAL),
+        Object::System | Object::Vm(_) | Object::Vcpu(_) | Object::GuestMemory(_) => {
+            Some(Errno::INVAL)
+        }
     }
+}
+
+/// Does a `fallocate` of a guest memory file. `None`: the descriptor is not one; make the real
+/// call. Our other descriptors have no `fallocate`: `ENODEV`.
+pub fn fallocate(fd: RawFd, mode: c_int, offset: i64, length: i64) -> Option<Result<(), Errno>> {
+    Some(match fd_table::get(fd)?.object()? {
+        Object::GuestMemory(file) if !file.vm().is_ours() => Err(Errno::IO),
+        Object::GuestMemory(file) => file.fallocate(mode, offset, length),
+        Object::System | Object::Vm(_) | Object::Vcpu(_) | Object::Stats(_) => Err(Errno::NODEV),
+    })
+}
+
+/// Before a real `ftruncate`: `EINVAL` for our descriptors, none of which can be resized. `None`:
+/// make the real call.
+#[inline]
+pub fn before_truncate(fd: RawFd) -> Option<Errno> {
+    is_ours(fd).then_some(Errno::INVAL)
 }
 
 /// Before a call that changes the program's memory in the range: takes it away from every guest

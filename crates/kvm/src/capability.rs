@@ -4,6 +4,7 @@
 //! answers 0, as KVM does for numbers it does not know.
 
 use crate::vm::HypercallExits;
+use crate::vm_type::VmType;
 use kvm_bindings as kvm;
 
 /// vCPUs that one VM may have.
@@ -111,10 +112,13 @@ static CAPABILITIES: &[Capability] = capabilities! {
     EXIT_ON_EMULATION_FAILURE: KVM_CAP_EXIT_ON_EMULATION_FAILURE = 1,
     DISABLE_QUIRKS2: KVM_CAP_DISABLE_QUIRKS2 = VALID_QUIRKS,
     VM_TSC_CONTROL: KVM_CAP_VM_TSC_CONTROL = 1,
-    VM_TYPES: KVM_CAP_VM_TYPES = 1 << kvm::KVM_X86_DEFAULT_VM,
     VM_DISABLE_NX_HUGE_PAGES: KVM_CAP_VM_DISABLE_NX_HUGE_PAGES = 1,
     USER_MEMORY2: KVM_CAP_USER_MEMORY2 = 1,
     MEMORY_FAULT_INFO: KVM_CAP_MEMORY_FAULT_INFO = 1,
+    MEMORY_ATTRIBUTES: KVM_CAP_MEMORY_ATTRIBUTES = kvm::KVM_MEMORY_ATTRIBUTE_PRIVATE,
+    GUEST_MEMFD: KVM_CAP_GUEST_MEMFD = 1,
+    VM_TYPES: KVM_CAP_VM_TYPES = 1 << kvm::KVM_X86_DEFAULT_VM | 1 << kvm::KVM_X86_SW_PROTECTED_VM,
+    PRE_FAULT_MEMORY: KVM_CAP_PRE_FAULT_MEMORY = 1,
 };
 
 /// Every capability that answers something other than 0, in ascending order of numbers.
@@ -130,7 +134,17 @@ pub fn all() -> impl Iterator<Item = Capability> {
     all.into_iter()
 }
 
-/// What `KVM_CHECK_EXTENSION` answers for a number, on the system and on a VM alike.
+/// What `KVM_CHECK_EXTENSION` answers on a VM: as on the system, but for what belongs to another
+/// type of VM.
+pub(crate) fn check_vm(kind: VmType, number: u64) -> u32 {
+    let private = [kvm::KVM_CAP_MEMORY_ATTRIBUTES, kvm::KVM_CAP_GUEST_MEMFD];
+    if private.iter().any(|known| u64::from(*known) == number) && !kind.has_private_memory() {
+        return 0;
+    }
+    check(number)
+}
+
+/// What `KVM_CHECK_EXTENSION` answers for a number on the system.
 pub fn check(number: u64) -> u32 {
     if number == u64::from(kvm::KVM_CAP_NR_VCPUS) {
         return recommended_vcpus();
@@ -167,7 +181,18 @@ mod tests {
         assert_eq!(check(696_969), 0);
         assert_eq!(check(u64::MAX), 0);
         assert_eq!(check(u64::from(kvm::KVM_CAP_USER_MEMORY) | 1 << 32), 0);
-        assert_eq!(check(kvm::KVM_CAP_MEMORY_ATTRIBUTES.into()), 0);
+        assert_eq!(check(kvm::KVM_CAP_S390_GMAP.into()), 0);
+    }
+
+    #[test]
+    fn a_vm_has_private_memory_if_its_type_does() {
+        for number in [kvm::KVM_CAP_MEMORY_ATTRIBUTES, kvm::KVM_CAP_GUEST_MEMFD] {
+            assert_eq!(check_vm(VmType::Default, number.into()), 0);
+            assert_ne!(check_vm(VmType::SoftwareProtected, number.into()), 0);
+            assert_ne!(check(number.into()), 0);
+        }
+        let types = check_vm(VmType::Default, kvm::KVM_CAP_VM_TYPES.into());
+        assert_eq!(types, 0b11);
     }
 
     #[test]

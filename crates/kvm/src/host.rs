@@ -5,9 +5,9 @@
 //! own address and a guest page is the program's own page.
 
 use crate::huge_page;
-use crate::pagemap;
 use crate::table_pool::TablePool;
 use crate::vanishing;
+use crate::{pagemap, presence};
 use rustix::io::Errno;
 use rustix::mm::Advice;
 use std::ptr::NonNull;
@@ -62,6 +62,39 @@ unsafe impl Host for ProcessMemory {
             writable,
             level: Level::L4K,
         })
+    }
+
+    fn populate_private(&self, address: u64, _write: bool) -> Result<HostPage, PopulateError> {
+        // A read of a page that was never used maps it at once, zeroed, rather than the zero page.
+        make_present(address, true)?;
+        Ok(HostPage {
+            hpa: Hpa::new(address),
+            writable: true,
+            level: Level::L4K,
+        })
+    }
+
+    fn populate_range(
+        &self,
+        address: u64,
+        private: bool,
+        pages: &mut [HostPage],
+    ) -> (usize, Option<PopulateError>) {
+        if let Some(result) = presence::populate_range(address, private, pages) {
+            return result;
+        }
+        for (number, page) in pages.iter_mut().enumerate() {
+            let address = address + number as u64 * PAGE_SIZE;
+            let result = match private {
+                true => self.populate_private(address, false),
+                false => self.populate(address, false),
+            };
+            match result {
+                Ok(found) => *page = found,
+                Err(error) => return (number, Some(error)),
+            }
+        }
+        (pages.len(), None)
     }
 
     fn mapping_level(&self, hva: u64) -> Level {

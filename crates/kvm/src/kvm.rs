@@ -31,7 +31,7 @@ impl Kvm {
     /// `KVM_CREATE_VM`
     ///
     /// # Errors
-    /// `EINVAL` for a type other than 0; `ENOMEM`.
+    /// `EINVAL` for a type that there is not; `ENOMEM`.
     pub fn create_vm(self, kind: u64) -> Result<Arc<Vm>, Errno> {
         Vm::new(kind)
     }

@@ -1,5 +1,6 @@
 //! What a descriptor refers to.
 
+use crate::guest_memory::GuestMemory;
 use crate::stats_file::StatsFile;
 use crate::vcpu::Vcpu;
 use crate::vm::Vm;
@@ -12,6 +13,7 @@ pub(crate) enum Object {
     Vm(Arc<Vm>),
     Vcpu(Vcpu),
     Stats(Arc<StatsFile>),
+    GuestMemory(Arc<GuestMemory>),
 }
 
 impl Object {
@@ -22,6 +24,7 @@ impl Object {
             Self::Vm(vm) => Self::Vm(Arc::clone(vm)),
             Self::Vcpu(vcpu) => Self::Vcpu(vcpu.clone()),
             Self::Stats(stats) => Self::Stats(Arc::clone(stats)),
+            Self::GuestMemory(file) => Self::GuestMemory(Arc::clone(file)),
         }
     }
 
@@ -35,6 +38,7 @@ impl Object {
             Self::Vm(vm) => !vm.is_ours(),
             Self::Vcpu(vcpu) => !vcpu.vm().is_ours(),
             Self::Stats(stats) => !stats.vm().is_ours(),
+            Self::GuestMemory(file) => !file.vm().is_ours(),
         };
         if inherited {
             std::mem::forget(self);

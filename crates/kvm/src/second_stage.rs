@@ -2,15 +2,16 @@
 
 use crate::host::ProcessMemory;
 use crate::parameter;
+use crate::vm_type::VmType;
 use std::ops::Range;
 use std::sync::Arc;
 use twofold_arch::eptp::Eptp;
-use twofold_arch::{Gpa, Level};
+use twofold_arch::{Gfn, Gpa, Level};
 use twofold_cpu::{Machine, MachineConfig, SecondStage, SecondStageKind};
 use twofold_mmu::{
-    Config, DirtyLogError, DirtyRingError, Ept, Fault, FaultError, ManualProtect, Mmu, Npt,
-    OutOfMemory, Outcome, PendingChange, Reader, Region, RegionError, RingMemory, Root, RootRole,
-    SlotInfo, Stats,
+    AttributeError, Config, DirtyLogError, DirtyRingError, Ept, Fault, FaultError,
+    GuestMemoryError, ManualProtect, Mmu, Npt, OutOfMemory, Outcome, PendingChange, PrefaultError,
+    Reader, Region, RegionError, RingMemory, Root, RootRole, SlotInfo, Stats,
 };
 
 /// Bits of a host-physical address in the entries. They are this process's virtual addresses.
@@ -70,10 +71,13 @@ macro_rules! either {
 }
 
 impl Tables {
-    pub(crate) fn new(kind: Kind, machine: Arc<Machine>) -> Self {
+    pub(crate) fn new(kind: Kind, vm_type: VmType, machine: Arc<Machine>) -> Self {
         let host = ProcessMemory::new(machine);
         let config = Config {
             maxphyaddr: HOST_ADDRESS_BITS,
+            private_memory: vm_type.private_memory(),
+            // A full zap would take private mappings along.
+            slot_zap_all: !vm_type.has_private_memory(),
             accessed_dirty: parameter::EPTAD.is_on(),
             pml: parameter::PML.is_on(),
             eager_split: parameter::EAGER_PAGE_SPLIT.is_on(),
@@ -95,8 +99,38 @@ impl Tables {
         }
     }
 
-    pub(crate) fn set_region(&self, region: Region) -> Result<(), RegionError> {
-        either!(self, mmu => mmu.set_region(region))
+    pub(crate) fn set_region(
+        &self,
+        region: Region,
+        bind: impl FnOnce() -> Result<u64, GuestMemoryError>,
+    ) -> Result<(), RegionError> {
+        either!(self, mmu => mmu.set_region_with_guest_memory(region, bind))
+    }
+
+    pub(crate) fn set_attributes(
+        &self,
+        gfns: Range<Gfn>,
+        private: bool,
+    ) -> Result<(), AttributeError> {
+        either!(self, mmu => mmu.set_attributes(gfns, private))
+    }
+
+    /// Maps the first of `gfns`; how many.
+    pub(crate) fn prefault(
+        &self,
+        reader: &mut Reader,
+        root: &Root,
+        gfns: Range<Gfn>,
+    ) -> Result<u64, PrefaultError> {
+        either!(self, mmu => mmu.prefault(reader, root, gfns))
+    }
+
+    pub(crate) fn begin_private_change(&self, addresses: Range<u64>) -> PendingChange {
+        either!(self, mmu => mmu.begin_private_change(addresses))
+    }
+
+    pub(crate) fn is_bound(&self, addresses: Range<u64>) -> bool {
+        either!(self, mmu => mmu.is_bound(addresses))
     }
 
     pub(crate) fn set_slot_zap_all(&self, all: bool) {

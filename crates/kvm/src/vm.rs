@@ -3,6 +3,7 @@
 use crate::bus::Buses;
 use crate::capability;
 use crate::fork;
+use crate::guest_memory::Reservation;
 use crate::irqchip::{Irqchip, Model};
 use crate::msr_filter::{MsrAccess, MsrFilter};
 use crate::nx_recovery::Worker;
@@ -10,11 +11,12 @@ use crate::second_stage::{Kind, Tables};
 use crate::summary;
 use crate::sync::{Mutex, ProcessMutex, RwLock};
 use crate::vcpu::{Vcpu, VcpuCore};
+use crate::vm_type::VmType;
 use crate::{cpuid, tsc};
 use kvm_bindings as kvm;
 use kvm_bindings::{
     kvm_clock_data, kvm_coalesced_mmio_zone, kvm_enable_cap, kvm_ioeventfd, kvm_irqchip, kvm_irqfd,
-    kvm_pit_state2, kvm_userspace_memory_region2,
+    kvm_pit_state2,
 };
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
@@ -23,8 +25,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize,
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant, SystemTime};
 use twofold_cpu::Machine;
-use twofold_mmu::region::RegionErrorKind;
-use twofold_mmu::{Region, SlotInfo};
+use twofold_mmu::SlotInfo;
 
 bitflags::bitflags! {
     /// Hypercalls that leave the guest for the program (`KVM_CAP_EXIT_HYPERCALL`).
@@ -47,6 +48,9 @@ pub struct Vm {
     /// Before `tables`, so that the vCPUs' readers and roots go before the MMU.
     config: Mutex<Config>,
     tables: Tables,
+    /// After `tables`: addresses that slots may refer to.
+    reservations: Mutex<Vec<Arc<Reservation>>>,
+    vm_type: VmType,
     machine: Arc<Machine>,
     buses: Buses,
     kind: Kind,
@@ -89,16 +93,16 @@ impl Vm {
     /// `KVM_CREATE_VM`
     ///
     /// # Errors
-    /// `EINVAL` for a type other than 0; `ENOMEM`.
+    /// `EINVAL` for a type that there is not; `ENOMEM`.
     pub(crate) fn new(kind: u64) -> Result<Arc<Self>, Errno> {
-        if kind != u64::from(kvm::KVM_X86_DEFAULT_VM) {
-            return Err(Errno::INVAL);
-        }
+        let vm_type = VmType::new(kind)?;
         let kind = Kind::from_environment();
         let machine = Machine::new(kind.machine_config());
         let vm = Arc::new(Self {
             config: Mutex::new(Config::default()),
-            tables: Tables::new(kind, Arc::clone(&machine)),
+            tables: Tables::new(kind, vm_type, Arc::clone(&machine)),
+            reservations: Mutex::default(),
+            vm_type,
             machine,
             buses: Buses::new()?,
             kind,
@@ -129,6 +133,14 @@ impl Vm {
 
     pub(crate) fn tables(&self) -> &Tables {
         &self.tables
+    }
+
+    pub(crate) fn vm_type(&self) -> VmType {
+        self.vm_type
+    }
+
+    pub(crate) fn reservations(&self) -> &Mutex<Vec<Arc<Reservation>>> {
+        &self.reservations
     }
 
     pub(crate) fn machine(&self) -> &Arc<Machine> {
@@ -276,32 +288,6 @@ impl Vm {
 
     fn has_vcpus(&self) -> bool {
         !self.config.lock().vcpus.is_empty()
-    }
-
-    /// `KVM_SET_USER_MEMORY_REGION2`
-    ///
-    /// # Errors
-    /// In KVM's order (SPEC 6.10): `EINVAL` for whatever is malformed or names what does not
-    /// exist, `EEXIST` for an overlap, `ENOMEM`.
-    pub fn set_user_memory_region(
-        &self,
-        region: &kvm_userspace_memory_region2,
-    ) -> Result<(), Errno> {
-        let request = Region {
-            slot: region.slot,
-            flags: region.flags,
-            gpa: region.guest_phys_addr,
-            size: region.memory_size,
-            hva: region.userspace_addr,
-        };
-        self.tables.set_region(request).map_err(|error| {
-            tracing::debug!(?request, %error, "memory region refused");
-            match error.kind() {
-                RegionErrorKind::Invalid => Errno::INVAL,
-                RegionErrorKind::Exists => Errno::EXIST,
-                RegionErrorKind::NoMemory => Errno::NOMEM,
-            }
-        })
     }
 
     /// The slot with this id (address space in bits 31:16), for `KVM_GET_DIRTY_LOG`.
@@ -602,7 +588,9 @@ impl Vm {
                     return Err(Errno::INVAL);
                 }
                 let zap_all = argument & u64::from(kvm::KVM_X86_QUIRK_SLOT_ZAP_ALL) == 0;
-                self.tables.set_slot_zap_all(zap_all);
+                // The quirk is one of the default type.
+                self.tables
+                    .set_slot_zap_all(zap_all && self.vm_type == VmType::Default);
                 Ok(())
             }
             kvm::KVM_CAP_SPLIT_IRQCHIP => {

@@ -11,6 +11,7 @@
 #![expect(unsafe_code)]
 
 use libc::{c_int, c_uint, c_ulong, c_void, iovec, off_t};
+use rustix::io::Errno;
 use twofold_kvm::abi::{self, HostChange};
 
 use crate::raw::{self, RawResult};
@@ -275,10 +276,46 @@ pub(crate) unsafe extern "C" fn process_madvise(
 
 // ---- files that may be mapped -------------------------------------------------------------------
 
+/// `fallocate` of one of our descriptors; `None` for others.
+#[inline]
+fn guest_memory_fallocate(fd: c_int, mode: c_int, offset: off_t, len: off_t) -> Option<c_int> {
+    if !abi::is_ours(fd) {
+        return None;
+    }
+    process::settle();
+    let _section = Undisturbed::begin();
+    abi::fallocate(fd, mode, offset, len).map(|result| match result {
+        Ok(()) => 0,
+        Err(reason) => raw::fail(reason.raw_os_error()),
+    })
+}
+
+/// Why the file cannot be resized; `None` if the kernel knows.
+trait Resized: Copy {
+    fn refusal(self) -> Option<Errno>;
+}
+
+impl Resized for c_int {
+    #[inline]
+    fn refusal(self) -> Option<Errno> {
+        abi::before_truncate(self)
+    }
+}
+
+impl Resized for *const libc::c_char {
+    #[inline]
+    fn refusal(self) -> Option<Errno> {
+        None
+    }
+}
+
 macro_rules! fallocate_functions {
     ($($name:ident)*) => { $(
         #[unsafe(no_mangle)]
         pub(crate) unsafe extern "C" fn $name(fd: c_int, mode: c_int, offset: off_t, len: off_t) -> c_int {
+            if let Some(result) = guest_memory_fallocate(fd, mode, offset, len) {
+                return result;
+            }
             // Allocating adds pages and takes none away; every other mode does.
             let change = match mode & !libc::FALLOC_FL_KEEP_SIZE {
                 0 => None,
@@ -298,6 +335,9 @@ macro_rules! truncate_functions {
     ($($name:ident($file:ident: $kind:ty);)*) => { $(
         #[unsafe(no_mangle)]
         pub(crate) unsafe extern "C" fn $name($file: $kind, len: off_t) -> c_int {
+            if let Some(reason) = Resized::refusal($file) {
+                return raw::fail(reason.raw_os_error());
+            }
             let change = change_of_file();
             // SAFETY: the caller passes what libc's function asks for.
             let result = unsafe { real::$name($file, len) };

@@ -21,7 +21,7 @@ pub(crate) fn dispatch(object: &Object, request: u64, argument: usize) -> Reply 
         Object::Vcpu(object) => vcpu::ioctl(object, request, argument),
         Object::Vm(object) => vm::ioctl(object, request, argument),
         Object::System => system::ioctl(request, argument),
-        Object::Stats(_) => Err(Errno::NOTTY),
+        Object::Stats(_) | Object::GuestMemory(_) => Err(Errno::NOTTY),
     }
 }
 

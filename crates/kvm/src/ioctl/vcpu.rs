@@ -8,7 +8,8 @@ use crate::stats_file::StatsFile;
 use crate::usercopy::{Plain, read, read_slice, write};
 use crate::vcpu::{Vcpu, XSAVE_WORDS};
 use kvm_bindings::{
-    kvm_cpuid_entry, kvm_cpuid_entry2, kvm_enable_cap, kvm_interrupt, kvm_translation,
+    kvm_cpuid_entry, kvm_cpuid_entry2, kvm_enable_cap, kvm_interrupt, kvm_pre_fault_memory,
+    kvm_translation,
 };
 use rustix::io::Errno;
 use std::sync::Arc;
@@ -75,6 +76,13 @@ fn other(vcpu: &Vcpu, request: u64, argument: usize) -> Reply {
         }
         KVM_GET_TSC_KHZ => Ok(vcpu.get_tsc_khz() as i32),
         KVM_SET_TSC_KHZ => done(vcpu.set_tsc_khz(argument as u32)),
+        KVM_PRE_FAULT_MEMORY => {
+            let mut request: kvm_pre_fault_memory = read(argument)?;
+            let result = vcpu.pre_fault_memory(&mut request);
+            // What is left, whether it ended well or not.
+            write(argument, &request)?;
+            done(result)
+        }
         KVM_SET_SIGNAL_MASK => set_signal_mask(vcpu, argument),
         // No vCPU capability can be enabled, and no guest can have enabled kvmclock.
         KVM_ENABLE_CAP => {

@@ -9,9 +9,10 @@ use crate::stats_file::StatsFile;
 use crate::usercopy::{Plain, read, read_slice, write, write_slice};
 use crate::vm::Vm;
 use kvm_bindings::{
-    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_clear_dirty_log, kvm_dirty_log, kvm_irq_level,
-    kvm_irq_routing_entry, kvm_irqchip, kvm_msi, kvm_msr_filter, kvm_msr_filter_range,
-    kvm_pit_config, kvm_userspace_memory_region, kvm_userspace_memory_region2,
+    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_clear_dirty_log, kvm_create_guest_memfd,
+    kvm_dirty_log, kvm_irq_level, kvm_irq_routing_entry, kvm_irqchip, kvm_msi, kvm_msr_filter,
+    kvm_msr_filter_range, kvm_pit_config, kvm_userspace_memory_region,
+    kvm_userspace_memory_region2,
 };
 use rustix::io::Errno;
 use std::sync::Arc;
@@ -27,10 +28,12 @@ pub(super) fn ioctl(vm: &Arc<Vm>, request: u64, argument: usize) -> Reply {
         KVM_CREATE_VCPU => create_vcpu(vm, argument),
         KVM_SET_USER_MEMORY_REGION => set_user_memory_region(vm, argument),
         KVM_SET_USER_MEMORY_REGION2 => done(vm.set_user_memory_region(&read(argument)?)),
+        KVM_SET_MEMORY_ATTRIBUTES => done(vm.set_memory_attributes(&read(argument)?)),
+        KVM_CREATE_GUEST_MEMFD => create_guest_memfd(vm, argument),
         KVM_GET_DIRTY_LOG => get_dirty_log(vm, argument),
         KVM_CLEAR_DIRTY_LOG => clear_dirty_log(vm, argument),
         KVM_RESET_DIRTY_RINGS => Ok(vm.reset_dirty_rings()? as i32),
-        KVM_CHECK_EXTENSION => Ok(capability::check(argument as u64) as i32),
+        KVM_CHECK_EXTENSION => Ok(capability::check_vm(vm.vm_type(), argument as u64) as i32),
         KVM_ENABLE_CAP => done(vm.enable_cap(&read(argument)?)),
         KVM_SET_NR_MMU_PAGES => done(vm.set_nr_mmu_pages(argument as u64)),
         KVM_GET_NR_MMU_PAGES => Ok(vm.get_nr_mmu_pages() as i32),
@@ -100,6 +103,15 @@ fn reply<T: Plain>(address: usize, value: Result<T, Errno>) -> Reply {
 fn create_vcpu(vm: &Arc<Vm>, id: usize) -> Reply {
     let (vcpu, file) = vm.create_vcpu(id as u64)?;
     Ok(descriptor::install(file, Object::Vcpu(vcpu)))
+}
+
+fn create_guest_memfd(vm: &Arc<Vm>, argument: usize) -> Reply {
+    let request: kvm_create_guest_memfd = read(argument)?;
+    let (memory, file) = vm.create_guest_memfd(request.size, request.flags)?;
+    Ok(descriptor::install(
+        file,
+        Object::GuestMemory(Arc::new(memory)),
+    ))
 }
 
 fn set_user_memory_region(vm: &Vm, argument: usize) -> Reply {

@@ -6,6 +6,7 @@ mod exit;
 mod fpu;
 mod lapic;
 mod msr;
+mod prefault;
 mod registers;
 mod run;
 mod run_page;
@@ -25,12 +26,12 @@ use crate::sync::Mutex;
 use crate::vm::Vm;
 use crate::{cpuid, tsc, usercopy};
 use exit::Answer;
-use lapic::Lapic;
 use kvm_bindings::{
     KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED,
     kvm_cpuid_entry2, kvm_debugregs, kvm_fpu, kvm_guest_debug, kvm_lapic_state, kvm_mp_state,
     kvm_msr_entry, kvm_regs, kvm_sregs, kvm_sregs2, kvm_translation, kvm_vcpu_events, kvm_xcrs,
 };
+use lapic::Lapic;
 use run_page::{RunPage, mapping_check};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
@@ -402,11 +403,7 @@ impl Vcpu {
     /// `EINVAL` without an in-kernel local APIC.
     pub fn set_lapic(&self, lapic: &kvm_lapic_state) -> Result<(), Errno> {
         let mut state = self.state();
-        state
-            .lapic
-            .as_mut()
-            .ok_or(Errno::INVAL)?
-            .set_state(lapic);
+        state.lapic.as_mut().ok_or(Errno::INVAL)?.set_state(lapic);
         Ok(())
     }
 

@@ -17,11 +17,11 @@ use crate::vm::HypercallExits;
 use kvm_bindings::{
     KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_HLT, KVM_EXIT_INTR, KVM_EXIT_IRQ_WINDOW_OPEN,
     KVM_EXIT_SHUTDOWN, KVM_EXIT_UNKNOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR,
-    KVM_INTERNAL_ERROR_EMULATION, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED,
-    KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED,
-    KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN,
-    KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, KVM_SYNC_X86_VALID_FIELDS,
-    kvm_sync_regs,
+    KVM_INTERNAL_ERROR_EMULATION, KVM_MEMORY_EXIT_FLAG_PRIVATE, KVM_MP_STATE_HALTED,
+    KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_SIPI_RECEIVED,
+    KVM_MP_STATE_UNINITIALIZED, KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL,
+    KVM_MSR_EXIT_REASON_UNKNOWN, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS,
+    KVM_SYNC_X86_VALID_FIELDS, kvm_sync_regs,
 };
 use rustix::io::Errno;
 use std::mem::offset_of;
@@ -289,7 +289,7 @@ impl Vcpu {
 
     /// Makes sure that the processor walks tables that are still the VM's.
     #[inline]
-    fn load_root(&self, state: &mut VcpuState) -> Result<(), Errno> {
+    pub(super) fn load_root(&self, state: &mut VcpuState) -> Result<(), Errno> {
         match &state.root {
             Some(root) if !root.is_obsolete() => Ok(()),
             _ => {
@@ -466,20 +466,26 @@ impl Vcpu {
             }
             Err(FaultError::Interrupted) => return Err(self.interrupted()),
             Err(FaultError::OutOfMemory) => return Err(Errno::NOMEM),
-            Err(FaultError::BadHostMemory) => {
-                self.core
-                    .run
-                    .set_memory_fault(0, gpa.get() & !(PAGE_SIZE - 1), PAGE_SIZE);
-                return Err(Errno::FAULT);
-            }
-            Err(FaultError::Poisoned) => {
-                self.core
-                    .run
-                    .set_memory_fault(0, gpa.get() & !(PAGE_SIZE - 1), PAGE_SIZE);
+            Err(FaultError::BadHostMemory) => return Err(self.memory_fault(gpa, false)),
+            Err(FaultError::WrongKind { private }) => return Err(self.memory_fault(gpa, private)),
+            Err(FaultError::BadPrivateMemory) => return Err(self.memory_fault(gpa, true)),
+            Err(error @ (FaultError::Poisoned | FaultError::PoisonedPrivate)) => {
+                self.memory_fault(gpa, error == FaultError::PoisonedPrivate);
                 return Err(Errno::HWPOISON);
             }
         }
         Ok(Next::Enter)
+    }
+
+    /// `KVM_EXIT_MEMORY_FAULT`: the guest's access to a page cannot be carried out.
+    fn memory_fault(&self, gpa: Gpa, private: bool) -> Errno {
+        let flags = match private {
+            true => u64::from(KVM_MEMORY_EXIT_FLAG_PRIVATE),
+            false => 0,
+        };
+        let page = gpa.get() & !(PAGE_SIZE - 1);
+        self.core.run.set_memory_fault(flags, page, PAGE_SIZE);
+        Errno::FAULT
     }
 
     /// The guest accessed an address without memory: data accesses are the program's to emulate,
