@@ -17,7 +17,8 @@
 #
 # Each line of the table: pass, skip with the test's own reason, or fail with the
 # last line that means something; seconds; the row's name. A row that is not
-# promised yet stands in brackets and counts nowhere. The last line counts the
+# promised yet stands in brackets and counts nowhere; so does one that needs huge
+# pages which this machine does not give ("unavail"). The last line counts the
 # promised rows. Exit status: 0 if every promised row passed; 1 if one failed or
 # skipped, or if a suite could not be built; 2 for a wrong command line.
 set -euo pipefail
@@ -128,7 +129,7 @@ declare -A left_out=()
 prepare() {
     local suite_name=$1 script=$2 status=0 i used=false reason
     for i in "${!commands[@]}"; do
-        [[ ${commands[i]} =~ ^($3) ]] && used=true
+        [[ ${commands[i]} =~ ^([^ ]*=[^ ]*\ )*($3) ]] && used=true
     done
     $used || return 0
     { reason=$("$script" 2>&1 >&3) || status=$?; } 3>&1
@@ -161,11 +162,20 @@ runner=$logs/.runner
 } >"$runner"
 chmod +x "$runner"
 
-# argv_of COMMAND: sets argv, kind and where (the folder to start it in).
+# argv_of COMMAND: sets argv, kind, where (the folder to start it in) and
+# huge_pages (how many it needs).
 argv_of() {
-    local words
+    local words environment=()
     read -ra words <<<"$1"
     where=$logs
+    huge_pages=0
+    while [[ ${words[0]} == *=* ]]; do
+        case ${words[0]} in
+        hugepages=*) huge_pages=${words[0]#*=} ;;
+        *) environment+=("${words[0]}") ;;
+        esac
+        words=("${words[@]:1}")
+    done
     case ${words[0]} in
     selftests/*)
         kind=selftest
@@ -189,7 +199,30 @@ argv_of() {
         ;;
     *) die "$suite: no such kind of command: $1" ;;
     esac
+    ((${#environment[@]} == 0)) || argv=(env "${environment[@]}" "${argv[@]}")
 }
+
+# Huge pages of 2 MiB, which only the kernel's administrator reserves. What was
+# reserved before is restored after each row, whatever became of it.
+pool=/proc/sys/vm/nr_hugepages
+reserved_before=
+reserve_huge_pages() {
+    local wanted=$1 now
+    [[ -w $pool ]] && grep -q '^Hugepagesize: *2048 kB' /proc/meminfo || return 1
+    reserved_before=$(<"$pool")
+    echo $((reserved_before + wanted)) >"$pool" || return 1
+    now=$(<"$pool")
+    if ((now < reserved_before + wanted)); then
+        give_back_huge_pages
+        return 1
+    fi
+}
+
+give_back_huge_pages() {
+    [[ -z $reserved_before ]] || echo "$reserved_before" >"$pool"
+    reserved_before=
+}
+trap give_back_huge_pages EXIT
 
 # Every process of a session, so that nothing outlives its row, whatever process
 # groups a test made for itself.
@@ -297,7 +330,7 @@ judge() {
 width=0
 for i in "${!names[@]}"; do
     case ${commands[i]} in
-    selftests/*) from="KVM's selftests" ;;
+    selftests/* | *=*\ selftests/*) from="KVM's selftests" ;;
     unit\ * | doc\ *) from="kvm-ioctls' tests" ;;
     *) from=here ;;
     esac
@@ -310,13 +343,19 @@ done
 # Nothing is left to run, and it was said why.
 ((${#names[@]} > 0)) || exit 0
 
-printf '%-6s %8s  %-*s %s\n' result seconds "$width" test remark
+printf '%-7s %8s  %-*s %s\n' result seconds "$width" test remark
 
 passed=0 failed=0 skipped_rows=0
-later=0 later_passed=0
+later=0 later_passed=0 unavailable=0
 for i in "${!names[@]}"; do
     argv_of "${commands[i]}"
     log=$logs/$(tr -c 'A-Za-z0-9._\n-' _ <<<"${names[i]}").log
+    if ((huge_pages > 0)) && ! reserve_huge_pages "$huge_pages"; then
+        unavailable=$((unavailable + 1))
+        printf '%-7s %8s  %-*s %s\n' unavail - "$width" "${names[i]}" \
+            "needs $huge_pages huge pages, and cannot reserve them"
+        continue
+    fi
     start=$EPOCHREALTIME
     status=0
     (cd "$where" && exec setsid timeout -k 2 "${limits[i]}" "${argv[@]}") >"$log" 2>&1 </dev/null &
@@ -324,6 +363,7 @@ for i in "${!names[@]}"; do
     { wait "$session" || status=$?; } 2>/dev/null
     end_session "$session"
     session=
+    give_back_huge_pages
     end=$EPOCHREALTIME
     # Both have six digits behind the point (or comma, by locale).
     spent=$((${end/[.,]/} - ${start/[.,]/}))
@@ -342,11 +382,13 @@ for i in "${!names[@]}"; do
         esac
     fi
     seconds=$(printf '%d.%02d' $((spent / 1000000)) $((spent % 1000000 / 10000)))
-    line=$(printf '%-6s %8s  %-*s %s' "$shown" "$seconds" "$width" "${names[i]}" "$remark")
+    line=$(printf '%-7s %8s  %-*s %s' "$shown" "$seconds" "$width" "${names[i]}" "$remark")
     printf '%s\n' "${line%"${line##*[! ]}"}"
 done
 
 ((later == 0)) || printf 'In brackets, not promised yet: %d of %d pass.\n' "$later_passed" "$later"
+((unavailable == 0)) ||
+    printf '%d could not be tried on this machine\n' "$unavailable"
 ((failed == 0)) || printf "The programs' output is in %s\n" "$logs"
 printf '%d passed, %d failed, %d skipped\n' "$passed" "$failed" "$skipped_rows"
 ((failed + skipped_rows == 0))

@@ -235,6 +235,26 @@ PATH=$scratch/bin:$PATH table --under none --if-available
 check 'what can be had is still run' "$status $(tail -n 1 <<<"$out")" \
     '0 1 passed, 0 failed, 0 skipped'
 
+# What a row needs around it.
+rm "$scratch/suite"
+fake surroundings <<<'[[ $COLOUR == blue && $(</proc/sys/vm/nr_hugepages) -ge ${LEAST:-0} ]]'
+pages=$(</proc/sys/vm/nr_hugepages)
+row 'an environment' pass 10 "COLOUR=blue $scratch/surroundings"
+row 'another environment' pass 10 "COLOUR=red $scratch/surroundings"
+table --under none
+check 'a row has the environment that it names' "$(line_of 'an environment')" \
+    'pass an environment'
+check 'and not another' "$(line_of 'another environment' | cut -d' ' -f1)" 'fail'
+rm "$scratch/suite"
+row 'too much' pass 10 "hugepages=999999999 $scratch/surroundings"
+row 'a little' pass 10 "hugepages=1 LEAST=$((pages + 1)) COLOUR=blue $scratch/surroundings"
+table --under none
+check 'a row that needs what the machine does not give is no failure' \
+    "$status $(grep -c '^unavail .* too much ' <<<"$out")" '0 1'
+check 'huge pages are there, or the row says so' \
+    "$(sed -n 's/^\([a-z]*\) .* a little.*/\1/p' <<<"$out" | sed 's/unavail/pass/')" 'pass'
+check 'and are given back' "$(</proc/sys/vm/nr_hugepages)" "$pages"
+
 # The project's own list can be read, and names each row once.
 duplicates=$("$run" --list | cut -c43- | sort | uniq -d)
 check 'no row of suite.tsv has the name of another' "$duplicates" ''
