@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: help build run test check unit interleavings conformance hardware bench bench-instructions fuzz verify-cpu clean
+.PHONY: help build run test check unit interleavings conformance hardware hardware-arm64 bench bench-instructions fuzz verify-cpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,9 +38,14 @@ conformance: build ## KVM's own selftests and the tests of kvm-ioctls, unmodifie
 	conformance/run.sh --if-available
 
 hardware: ## the tables on processors of Bochs and QEMU, in a table
-	cd hardware/x86 && $(CARGO) fmt --check
+	cd hardware && $(CARGO) fmt --all --check
 	cd hardware/x86 && env -u RUSTFLAGS $(CARGO) clippy --quiet --target-dir ../../target/hardware -- -D warnings
+	cd hardware && $(CARGO) clippy --quiet --target-dir ../target/hardware -p twofold-walks --all-targets -- -D warnings
+	cd hardware && $(CARGO) test --quiet --target-dir ../target/hardware -p twofold-walks
 	hardware/run.sh
+
+hardware-arm64: ## the protected hypervisor and its host on QEMU's arm64 model
+	hardware/arm64/run.sh
 
 bench: build ## figures beside what they are compared with; BENCH=--markdown for the documentation
 	$(CARGO) build --release --quiet -p twofold-bench

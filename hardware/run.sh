@@ -1,6 +1,6 @@
 #!/bin/sh
-# Runs the image of hardware/x86 on every machine it has scenarios for, and prints a table. Installs
-# the machines where that is possible (Debian, as root).
+# Runs the image of hardware/x86 on every machine it has scenarios for, compares its walks with
+# twofold-cpu's, and prints a table. Installs the machines where that is possible (Debian, as root).
 #
 #   run.sh                  fails if a machine is missing
 #   run.sh --if-available   says so and succeeds instead
@@ -33,6 +33,9 @@ if [ -n "$(missing)" ]; then
     exit 1
 fi
 
+export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$here/../target/hardware}"
+(cd "$here" && cargo build --release --quiet -p twofold-walks)
+
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failed=0
@@ -43,6 +46,8 @@ while read -r name arguments; do
         echo "= the run itself | FAILED | status $?" >>"$work/$name.log"
     grep -aq ' shown, ' "$work/$name.log" ||
         echo "= the run itself | FAILED | it did not reach its end" >>"$work/$name.log"
+    "$CARGO_TARGET_DIR/release/twofold-walks" "$work/$name.log" >"$work/walks" || true
+    cat "$work/walks" >>"$work/$name.log"
 done <<END
 tigerlake bochs tigerlake
 icelake bochs corei7_icelake_u

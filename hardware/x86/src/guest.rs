@@ -32,6 +32,8 @@ pub const IDT: u64 = 0x5000;
 pub const IDT_LIMIT: u16 = 32 * 16 - 1;
 /// Where a guest that runs in the background reports.
 pub const REPORT: u64 = 0x6000;
+/// One more page of page tables, for linear addresses above 512 GiB.
+const UPPER_TABLE: u64 = 0x7000;
 /// Bytes of the first slot.
 pub const SIZE: u64 = 0x10000;
 
@@ -102,12 +104,15 @@ pub fn load_guest(hpa: Hpa) {
         ptr::copy_nonoverlapping(start, checked(at(CODE), size), size as usize);
         &raw const guest_code_ve as u64 - start as u64
     };
-    // Present, writable, user, accessed, dirty; 1 GiB pages for the first 512 GiB.
+    // Present, writable, user, accessed, dirty; 1 GiB pages for the first 1 TiB.
     const POINTER: u64 = 0x27;
     const GIANT_PAGE: u64 = 0xe7;
     store(at(TABLES), (TABLES + 0x1000) | POINTER);
+    store(at(TABLES + 8), UPPER_TABLE | POINTER);
     for number in 0..512 {
-        store(at(TABLES + 0x1000 + 8 * number), number << 30 | GIANT_PAGE);
+        let place = 8 * number;
+        store(at(TABLES + 0x1000 + place), number << 30 | GIANT_PAGE);
+        store(at(UPPER_TABLE + place), (512 + number) << 30 | GIANT_PAGE);
     }
     let code = |level: u64| 0x00af_9b00_0000_ffff | level << 45;
     let data = |level: u64| 0x00cf_9300_0000_ffff | level << 45;

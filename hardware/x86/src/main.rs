@@ -2,7 +2,8 @@
 //!
 //! It runs on an Intel processor with EPT or an AMD processor with nested paging, shows what the
 //! MMU promises to a hypervisor as one line for each [scenario](scenarios), and switches the machine
-//! off. It has no code that reads or writes a second-stage table.
+//! off. It has no code that knows what is in a second-stage table. ([`walks`] puts random words into
+//! memory and has the processor take them for tables; the MMU has no part in that.)
 //!
 //! To see how the MMU is embedded read [`host`] (what the MMU asks for), then [`vm`] (how it is
 //! used), then [`smp`] (how a flush reaches the other processor).
@@ -25,6 +26,7 @@ pub mod smp;
 pub mod svm;
 pub mod vm;
 pub mod vmx;
+pub mod walks;
 
 use crate::instructions::{cpuid, interrupts, physical_address_bits};
 use crate::processor::Virtualization;
@@ -51,7 +53,9 @@ where
     V::enable();
     smp::start_second();
     interrupts(true);
-    power::off(scenarios::run::<V>())
+    let shown = scenarios::run::<V>();
+    walks::run::<V>();
+    power::off(shown)
 }
 
 // UNSAFETY: boot.s calls these by name.

@@ -7,6 +7,7 @@ use bitflags::bitflags;
 use core::arch::global_asm;
 use twofold_arch::{Gpa, Hpa};
 use twofold_mmu::{Fault, MmuFormat};
+use twofold_walks::Kind;
 
 /// A guest's general registers but RSP, in the order in which the assembler below loads them.
 #[repr(C)]
@@ -85,6 +86,8 @@ pub trait Virtualization: Sized + 'static {
     const NAME: &'static str;
     /// Whether the processor has a report of its own for entries that it refuses.
     const MISCONFIGURES: bool;
+    /// The tables that [`walks`](crate::walks) has it walk.
+    const WALKS: &'static [Kind];
 
     /// Turns virtualization on, on the processor that calls. Once for each.
     fn enable();
@@ -103,6 +106,9 @@ pub trait Virtualization: Sized + 'static {
 
     /// Goes over an instruction of `length` bytes instead of executing it.
     fn skip(&mut self, length: u64);
+
+    /// Goes back to where a new processor begins, after a fault that nobody resolves.
+    fn restart(&mut self);
 
     /// Runs in user mode from now on, or in kernel mode.
     fn set_user(&mut self, user: bool);

@@ -13,6 +13,7 @@ use alloc::boxed::Box;
 use core::cell::UnsafeCell;
 use twofold_arch::{Gpa, Hpa, Pferr};
 use twofold_mmu::{Fault, Npt};
+use twofold_walks::Kind;
 
 const EFER: u32 = 0xc000_0080;
 const EFER_SVME: u64 = 1 << 12;
@@ -107,6 +108,7 @@ impl Virtualization for Svm {
     type Format = Npt;
     const NAME: &'static str = "AMD SVM, nested paging";
     const MISCONFIGURES: bool = false;
+    const WALKS: &'static [Kind] = &[Kind::Npt];
 
     fn enable() {
         let saved = SAVED[crate::smp::processor()].0.get() as u64;
@@ -150,9 +152,8 @@ impl Virtualization for Svm {
         new.set(field::DR6, 0xffff_0ff0u64.to_le_bytes());
         new.set(field::DR7, 0x400u64.to_le_bytes());
         new.set(field::RFLAGS, guest::FLAGS.to_le_bytes());
-        new.set(field::RIP, guest::CODE.to_le_bytes());
-        new.set(field::RSP, guest::STACK_TOP.to_le_bytes());
         new.set(field::PAT, 0x0007_0406_0007_0406u64.to_le_bytes());
+        new.restart();
         new.set_user(false);
         new
     }
@@ -168,6 +169,11 @@ impl Virtualization for Svm {
     fn skip(&mut self, length: u64) {
         let rip = self.get(field::RIP) + length;
         self.set(field::RIP, rip.to_le_bytes());
+    }
+
+    fn restart(&mut self) {
+        self.set(field::RIP, guest::CODE.to_le_bytes());
+        self.set(field::RSP, guest::STACK_TOP.to_le_bytes());
     }
 
     fn set_user(&mut self, user: bool) {

@@ -3,7 +3,7 @@
 use crate::guest;
 use crate::host::{HostRange, Hypervisor, Writes};
 use crate::instructions::{interrupts, physical_address_bits};
-use crate::processor::{Exit, Features, SecondStageFault, Virtualization};
+use crate::processor::{Exit, Features, Registers, SecondStageFault, Virtualization};
 use crate::smp;
 use alloc::format;
 use alloc::string::String;
@@ -175,6 +175,25 @@ pub enum Operation {
     ReadPages(u64, u64),
 }
 
+impl Operation {
+    /// Answers the guest's request with this operation.
+    pub fn put(self, registers: &mut Registers) {
+        let (number, address, value, count) = match self {
+            Self::Read(address) => (1, address, 0, 0),
+            Self::Write(address, value) => (2, address, value, 0),
+            Self::Fetch(address) => (3, address, 0, 0),
+            Self::WritePages(address, value, count) => (4, address, value, count),
+            Self::ReadForever(address) => (5, address, guest::REPORT, 0),
+            Self::WriteForever(address) => (6, address, guest::REPORT, 0),
+            Self::ReadPages(address, count) => (7, address, 0, count),
+        };
+        registers.rax = number;
+        registers.rdi = address;
+        registers.rsi = value;
+        registers.rcx = count;
+    }
+}
+
 /// A fault that was taken, and what the MMU made of it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Taken {
@@ -245,20 +264,7 @@ impl<V: Virtualization> GuestCpu<V> {
             self.until_request(&mut done)?;
             self.waits = true;
         }
-        let registers = self.processor.registers();
-        let (number, address, value, count) = match operation {
-            Operation::Read(address) => (1, address, 0, 0),
-            Operation::Write(address, value) => (2, address, value, 0),
-            Operation::Fetch(address) => (3, address, 0, 0),
-            Operation::WritePages(address, value, count) => (4, address, value, count),
-            Operation::ReadForever(address) => (5, address, guest::REPORT, 0),
-            Operation::WriteForever(address) => (6, address, guest::REPORT, 0),
-            Operation::ReadPages(address, count) => (7, address, 0, count),
-        };
-        registers.rax = number;
-        registers.rdi = address;
-        registers.rsi = value;
-        registers.rcx = count;
+        operation.put(self.processor.registers());
         self.until_request(&mut done)?;
         done.value = self.processor.registers().rbx;
         Ok(done)

@@ -15,6 +15,7 @@ use core::cell::UnsafeCell;
 use twofold_arch::ept::{EptVpidCap, Eptp, Qualification};
 use twofold_arch::{Gpa, Hpa, Level, Pferr};
 use twofold_mmu::{Ept, Fault};
+use twofold_walks::Kind;
 
 /// Model-specific registers.
 mod msr {
@@ -257,8 +258,6 @@ impl Vmx {
         write(field::GUEST_IDTR_BASE, guest::IDT);
         write(field::GUEST_IDTR_LIMIT, u64::from(guest::IDT_LIMIT));
         write(field::GUEST_DR7, 0x400);
-        write(field::GUEST_RSP, guest::STACK_TOP);
-        write(field::GUEST_RIP, guest::CODE);
         write(field::GUEST_RFLAGS, guest::FLAGS);
         write(field::LINK_POINTER, u64::MAX);
     }
@@ -289,6 +288,7 @@ impl Virtualization for Vmx {
     type Format = Ept;
     const NAME: &'static str = "Intel VMX, extended page tables";
     const MISCONFIGURES: bool = true;
+    const WALKS: &'static [Kind] = &[Kind::Ept, Kind::EptWithoutFlags];
 
     fn enable() {
         let [cr0, _, cr4] = control_registers();
@@ -359,6 +359,7 @@ impl Virtualization for Vmx {
         Self::write_host_state();
         Self::write_guest_state();
         let mut new = new;
+        new.restart();
         new.set_user(false);
         new
     }
@@ -380,6 +381,12 @@ impl Virtualization for Vmx {
     fn skip(&mut self, length: u64) {
         self.make_current();
         write(field::GUEST_RIP, read(field::GUEST_RIP) + length);
+    }
+
+    fn restart(&mut self) {
+        self.make_current();
+        write(field::GUEST_RSP, guest::STACK_TOP);
+        write(field::GUEST_RIP, guest::CODE);
     }
 
     fn set_user(&mut self, user: bool) {

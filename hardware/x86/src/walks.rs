@@ -1,0 +1,96 @@
+//! Random tables for the processor alone: one line each about what it does with them.
+//!
+//! The words come from `twofold-walks`, and what is printed is compared by its program with what
+//! `twofold-cpu` does. The MMU has no part in this.
+
+use crate::guest;
+use crate::instructions::interrupts;
+use crate::println;
+use crate::processor::{Exit, Features, Virtualization};
+use crate::vm::Operation;
+use twofold_arch::Hpa;
+use twofold_walks::{
+    CASES, Case, End, GPA, Kind, TABLES, TARGET, TARGET_VALUE, WRITTEN_VALUE, Walked,
+};
+
+/// Exits before a case counts as stuck.
+const EXITS: u32 = 100;
+
+/// Walks them all.
+pub fn run<V: Virtualization>() {
+    for &kind in V::WALKS {
+        guest::load_guest(Hpa::new(guest::MEMORY));
+        // Seven tables, and what entries with a wrong size bit take for one.
+        guest::clear(TABLES, 0x7000);
+        guest::clear(Hpa::new(TARGET.get() & !0x1f_ffff), 0x10_0000);
+        for (place, value) in kind.own_words(Hpa::new(guest::MEMORY)) {
+            guest::store(place, value);
+        }
+        let features = match kind {
+            Kind::EptWithoutFlags => Features::empty(),
+            Kind::Ept | Kind::Npt => Features::ACCESSED_DIRTY,
+        };
+        let mut processor = V::new(features);
+        processor.set_root(TABLES);
+        for number in 0..CASES {
+            println!("{}", walk(&mut processor, kind, number));
+        }
+    }
+}
+
+fn walk<V: Virtualization>(processor: &mut V, kind: Kind, number: u64) -> Walked {
+    let case = Case::new(kind, number);
+    for (place, entry) in twofold_walks::places().into_iter().zip(case.entries) {
+        guest::store(place, entry);
+    }
+    guest::store(TARGET, TARGET_VALUE);
+    processor.restart();
+    let mut exit = until_exit(processor);
+    if exit == Exit::Request {
+        let operation = match case.operation {
+            twofold_walks::Operation::Read => Operation::Read(GPA.get()),
+            twofold_walks::Operation::Write => Operation::Write(GPA.get(), WRITTEN_VALUE),
+            twofold_walks::Operation::Fetch => Operation::Fetch(GPA.get()),
+        };
+        operation.put(processor.registers());
+        exit = until_exit(processor);
+    }
+    let (end, gpa) = match exit {
+        Exit::Request if case.operation == twofold_walks::Operation::Read => {
+            (End::Done(processor.registers().rbx), 0)
+        }
+        Exit::Request => (End::Done(guest::load(TARGET)), 0),
+        Exit::Fault(fault) => {
+            let end = if fault.misconfigured {
+                End::Misconfiguration
+            } else if kind == Kind::Npt {
+                End::NestedFault(fault.raw)
+            } else {
+                End::Violation(fault.raw)
+            };
+            (end, fault.fault.gpa.get())
+        }
+        Exit::Other(number, _) => (End::Strange(number), 0),
+        Exit::Interrupt | Exit::LogFull => (End::Strange(0), 0),
+    };
+    Walked {
+        kind,
+        number,
+        end,
+        gpa,
+        entries: twofold_walks::places().map(guest::load),
+    }
+}
+
+/// Enters the guest until it is left for a reason of its own.
+fn until_exit<V: Virtualization>(processor: &mut V) -> Exit {
+    for _ in 0..EXITS {
+        interrupts(false);
+        let exit = processor.enter(true);
+        interrupts(true);
+        if exit != Exit::Interrupt {
+            return exit;
+        }
+    }
+    Exit::Interrupt
+}
