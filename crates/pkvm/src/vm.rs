@@ -140,16 +140,23 @@ impl Vm {
     }
 }
 
-/// The registers of a guest's processor while it does not run.
+/// The registers of a processor that does not run, a guest's or the host's. The order is what the
+/// code that switches them relies on.
 #[derive(Clone, Debug)]
-#[repr(C)]
+#[repr(C, align(16))]
 pub struct Registers {
+    /// v0 to v31.
+    pub vector: [[u64; 2]; 32],
     /// x0 to x30.
     pub x: [u64; 31],
     /// Where it goes on.
     pub pc: u64,
     /// PSTATE, as SPSR_EL2 holds it.
     pub pstate: u64,
+    /// FPCR.
+    pub fpcr: u64,
+    /// FPSR.
+    pub fpsr: u64,
     /// EL1's and EL0's system registers, in the platform's order.
     pub system: [u64; SYSTEM_REGISTERS],
 }
@@ -159,13 +166,16 @@ pub const SYSTEM_REGISTERS: usize = 24;
 
 impl Registers {
     /// EL1 with interrupts masked, at `pc`, with `argument` in x0.
-    pub(crate) const fn entry(pc: u64, argument: u64) -> Self {
+    pub const fn entry(pc: u64, argument: u64) -> Self {
         let mut x = [0; 31];
         x[0] = argument;
         Self {
+            vector: [[0; 2]; 32],
             x,
             pc,
             pstate: 0x3c5,
+            fpcr: 0,
+            fpsr: 0,
             system: [0; SYSTEM_REGISTERS],
         }
     }
