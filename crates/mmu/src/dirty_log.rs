@@ -15,7 +15,7 @@ use crate::sync::atomic::Ordering;
 use alloc::sync::Arc;
 use core::ops::Range;
 use twofold_arch::{Gfn, Level};
-use twofold_table::{Cursor, Debt, Entry, Raced, Seen};
+use twofold_table::{Cursor, Debt, Entry, Height, Raced, Seen, Storage, Table};
 
 bitflags::bitflags! {
     /// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`: how reading and clearing a dirty log are told apart.
@@ -122,12 +122,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             }
             return Ok(());
         }
-        let mut any = 0;
-        for (number, word) in bitmap.iter_mut().enumerate() {
-            *word = dirty.take(number);
-            any |= *word;
-        }
-        if any != 0 {
+        if dirty.take_all(bitmap) {
             self.notice_taken(writer, &info, 0, bitmap);
         }
         Ok(())
@@ -231,34 +226,26 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             }
             let first = first + 64 * (number * WORDS_AT_ONCE) as u64;
             let mut debt = Debt::none();
-            for (number, &word) in batch.iter().enumerate() {
-                let first = first + 64 * number as u64;
-                self.notice_writes_masked(&writer, slot, first, word, &mut debt);
-            }
+            self.notice_writes_of(&writer, slot, first, batch, &mut debt);
             self.pay(&writer, debt);
         }
         writer.begins_to_log = None;
     }
 
-    /// [`notice_writes`](Self::notice_writes) for those of 64 pages of the slot, from the page
-    /// `first` on, whose bits are set in `mask`.
-    pub(crate) fn notice_writes_masked(
+    /// [`notice_writes`](Self::notice_writes) for those pages of the slot, from the page `first` on,
+    /// whose bits are set in `bitmap`.
+    pub(crate) fn notice_writes_of(
         &self,
         writer: &Writer<F>,
         slot: &SlotInfo,
         first: u64,
-        mask: u64,
+        bitmap: &[u64],
         debt: &mut Debt<F>,
     ) {
         let first = slot.base.get() + first;
-        let mut rest = mask;
-        while rest != 0 {
-            // One run of pages at a time.
-            let start = u64::from(rest.trailing_zeros());
-            let end = start + u64::from((rest >> start).trailing_ones());
-            let gfns = Gfn::new(first + start)..Gfn::new(first + end);
+        for run in runs(bitmap) {
+            let gfns = Gfn::new(first + run.start)..Gfn::new(first + run.end);
             self.notice_writes(writer, slot, gfns, debt);
-            rest = if end == 64 { 0 } else { rest >> end << end };
         }
     }
 
@@ -272,6 +259,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         debt: &mut Debt<F>,
     ) {
         let range = gfns.start.address()..gfns.end.address();
+        let pml = self.logs_by_pml();
         for root in writer
             .roots
             .iter()
@@ -280,36 +268,82 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             let mut cursor = Cursor::new(self.table_locked(root.table, writer), range.clone());
             while let Some(seen) = cursor.next() {
                 if seen.entry::<F>() == Entry::Leaf
-                    && self.notice_leaf(&cursor, seen, debt).is_err()
+                    && notice_leaf(&cursor.table(), seen, pml, debt).is_err()
                 {
                     cursor.again();
                 }
             }
         }
     }
+}
 
-    fn notice_leaf(
-        &self,
-        cursor: &Cursor<'_, F, crate::tables::Pages<H>>,
-        seen: Seen,
-        debt: &mut Debt<F>,
-    ) -> Result<(), Raced> {
-        let table = cursor.table();
-        let entry = seen.value();
-        // A large leaf loses W whatever the processor logs, and is split when it is written.
-        let Some(level) = Level::from_number(seen.place().height().get()) else {
-            return Ok(());
+/// Changes a leaf so that the next write to its page is noticed, if it may be written.
+#[inline(always)]
+fn notice_leaf<F: MmuFormat, S: Storage>(
+    table: &Table<'_, F, S>,
+    seen: Seen,
+    pml: bool,
+    debt: &mut Debt<F>,
+) -> Result<(), Raced> {
+    let entry = seen.value();
+    // A large leaf loses W whatever the processor logs, and is split when it is written.
+    let Some(level) = (match seen.place().height() {
+        Height::LEAF => Some(Level::L4K),
+        height => Level::from_number(height.get()),
+    }) else {
+        return Ok(());
+    };
+    let new = match spte::writable::<F>(entry) {
+        Some(Writable::Yes) => spte::noticing_writes::<F>(entry, level, pml),
+        // A processor may still write through a translation from before its page aged, which
+        // nobody has flushed.
+        Some(Writable::Logged) if spte::is_access_tracked::<F>(entry) => entry,
+        _ => return Ok(()),
+    };
+    if new == entry && !spte::is_access_tracked::<F>(entry) {
+        return Ok(());
+    }
+    table.shrink(seen, new, debt)
+}
+
+/// Runs of set bits, numbered from bit 0 of the first word on.
+fn runs(words: &[u64]) -> impl Iterator<Item = Range<u64>> {
+    let mut position = 0;
+    core::iter::from_fn(move || {
+        let start = next_bit(words, position, true)?;
+        position = next_bit(words, start, false).unwrap_or(64 * words.len() as u64);
+        Some(start..position)
+    })
+}
+
+/// The first bit from `from` on that is `set`, or not.
+fn next_bit(words: &[u64], from: u64, set: bool) -> Option<u64> {
+    let flip = if set { 0 } else { u64::MAX };
+    let mut number = (from / 64) as usize;
+    let mut word = (words.get(number)? ^ flip) & (u64::MAX << (from % 64));
+    while word == 0 {
+        number += 1;
+        word = words.get(number)? ^ flip;
+    }
+    Some(64 * number as u64 + u64::from(word.trailing_zeros()))
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+    use alloc::vec::Vec;
+
+    #[test]
+    fn runs_of_bits_go_on_from_word_to_word() {
+        let found = |words: &[u64]| {
+            runs(words)
+                .map(|run| (run.start, run.end))
+                .collect::<Vec<_>>()
         };
-        let new = match spte::writable::<F>(entry) {
-            Some(Writable::Yes) => spte::noticing_writes::<F>(entry, level, self.logs_by_pml()),
-            // A processor may still write through a translation from before its page aged, which
-            // nobody has flushed.
-            Some(Writable::Logged) if spte::is_access_tracked::<F>(entry) => entry,
-            _ => return Ok(()),
-        };
-        if new == entry && !spte::is_access_tracked::<F>(entry) {
-            return Ok(());
-        }
-        table.shrink(seen, new, debt)
+        assert_eq!(found(&[]), []);
+        assert_eq!(found(&[0, 0]), []);
+        assert_eq!(found(&[u64::MAX, u64::MAX]), [(0, 128)]);
+        assert_eq!(found(&[1, 0, 1 << 63, 3]), [(0, 1), (191, 194)]);
+        assert_eq!(found(&[0b1011_0000, 1 << 63]), [(4, 6), (7, 8), (127, 128)]);
     }
 }

@@ -120,7 +120,8 @@ impl DirtyRing {
         }
     }
 
-    fn used(&self) -> u32 {
+    /// Entries that were filled and not taken back.
+    pub(crate) fn used(&self) -> u32 {
         let filled = self.filled.load(Ordering::Relaxed);
         filled.wrapping_sub(self.reset.load(Ordering::Acquire))
     }
@@ -147,8 +148,9 @@ impl DirtyRing {
         };
         entry.slot.store(slot, Ordering::Relaxed);
         entry.offset.store(offset, Ordering::Relaxed);
-        entry.flags.store(DirtyGfn::DIRTY, Ordering::Release);
+        // Counted first: what the program finds and takes, the next reset must not miss.
         self.filled.store(number.wrapping_add(1), Ordering::Release);
+        entry.flags.store(DirtyGfn::DIRTY, Ordering::Release);
         true
     }
 
@@ -283,7 +285,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                     .checked_add(last)
                     .is_some_and(|last| last < slot.info.pages);
                 if inside && slot.info.flags.contains(RegionFlags::LOG_DIRTY) {
-                    self.notice_writes_masked(writer, &slot.info, first, mask, &mut debt);
+                    self.notice_writes_of(writer, &slot.info, first, &[mask], &mut debt);
                 }
             });
         }

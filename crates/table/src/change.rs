@@ -23,7 +23,8 @@ pub struct Raced(pub u64);
 #[must_use = "translations must be flushed and tables given back"]
 #[derive(Debug)]
 pub struct Debt<F> {
-    flush: Option<(u64, u64)>,
+    /// The addresses from the first to before the second; none if the second is 0.
+    flush: (u64, u64),
     retired: RetiredList<F>,
     leaves: Leaves,
 }
@@ -38,7 +39,7 @@ impl<F: Format> Debt<F> {
     /// Nothing owed.
     pub const fn none() -> Self {
         Self {
-            flush: None,
+            flush: (u64::MAX, 0),
             retired: RetiredList::new(),
             leaves: Leaves::new(),
         }
@@ -46,24 +47,21 @@ impl<F: Format> Debt<F> {
 
     /// Whether nothing is owed.
     pub fn is_none(&self) -> bool {
-        self.flush.is_none()
+        self.flush.1 == 0
     }
 
     /// Owes a flush of what `seen` covers.
     pub(crate) fn add_flush(&mut self, seen: &Seen) {
         let start = seen.place.gpa.get();
         let end = start.saturating_add(F::bytes(seen.place.height));
-        self.flush = Some(match self.flush {
-            None => (start, end),
-            Some((a, b)) => (a.min(start), b.max(end)),
-        });
+        self.flush = (self.flush.0.min(start), self.flush.1.max(end));
     }
 
     /// Pays: `flush` is called with the addresses concerned unless nothing is owed. It returns
     /// when no processor uses a translation older than the call.
     pub fn settle(self, flush: impl FnOnce(Range<Gpa>)) -> Settled<F> {
-        if let Some((start, end)) = self.flush {
-            flush(Gpa::new(start)..Gpa::new(end));
+        if !self.is_none() {
+            flush(Gpa::new(self.flush.0)..Gpa::new(self.flush.1));
         }
         Settled {
             retired: self.retired,
@@ -271,7 +269,7 @@ impl<'s, F: Format, S: Storage> Table<'s, F, S> {
             let page = Hpa::new(self.root.page.hpa().get() + (number << F::GRANULE_SHIFT));
             debt.add_table(self.storage, TablePage::found(page), self.root.height);
         }
-        debt.flush = Some((0, self.end()));
+        debt.flush = (0, self.end());
     }
 
     /// Locks an entry.

@@ -84,14 +84,36 @@ impl DirtyBitmap {
         }
     }
 
-    /// Takes the bits of one word and leaves it clean.
-    #[inline]
-    pub(crate) fn take(&self, word: usize) -> u64 {
-        match self.words.get(word) {
-            Some(bits) if bits.load(Ordering::Acquire) != 0 => bits.swap(0, Ordering::AcqRel),
-            _ => 0,
+    /// Moves all bits to `bits`, which has as many words, and leaves every page clean. Returns
+    /// whether there was any.
+    pub(crate) fn take_all(&self, bits: &mut [u64]) -> bool {
+        let (words, last_words) = self.words.as_chunks::<8>();
+        let (bits, last_bits) = bits.as_chunks_mut::<8>();
+        let mut any = false;
+        // Most of a bitmap is clean most of the time: eight words are looked at together.
+        for (words, bits) in words.iter().zip(bits) {
+            any |= take_words(words, bits);
         }
+        any | take_words(last_words, last_bits)
     }
+}
+
+#[inline(always)]
+fn take_words(words: &[AtomicU64], bits: &mut [u64]) -> bool {
+    let all = words
+        .iter()
+        .fold(0, |all, word| all | word.load(Ordering::Acquire));
+    if all == 0 {
+        bits.fill(0);
+        return false;
+    }
+    for (word, bits) in words.iter().zip(bits) {
+        *bits = match word.load(Ordering::Relaxed) {
+            0 => 0,
+            _ => word.swap(0, Ordering::AcqRel),
+        };
+    }
+    true
 }
 
 #[cfg(test)]
@@ -100,17 +122,22 @@ mod tests {
 
     #[test]
     fn a_page_stays_dirty_until_it_is_taken() {
-        let bitmap = DirtyBitmap::new(130).unwrap();
-        assert_eq!(bitmap.words(), 3);
-        for page in [0, 63, 64, 129, 129] {
+        let bitmap = DirtyBitmap::new(16 * 64 + 130).unwrap();
+        assert_eq!(bitmap.words(), 19);
+        let pages = [0, 63, 64, 129, 129, 10 * 64 + 5, 16 * 64, 18 * 64 + 1];
+        for page in pages {
             bitmap.mark(page);
         }
         bitmap.mark(1 << 40);
-        assert_eq!(
-            [0, 1, 2, 3].map(|word| bitmap.take(word)),
-            [1 << 63 | 1, 1, 2, 0]
-        );
-        assert_eq!([0, 1, 2].map(|word| bitmap.take(word)), [0, 0, 0]);
+        let mut expected = [0; 19];
+        for page in pages {
+            expected[(page / 64) as usize] |= 1 << (page % 64);
+        }
+        let mut bits = [7; 19];
+        assert!(bitmap.take_all(&mut bits));
+        assert_eq!(bits, expected);
+        assert!(!bitmap.take_all(&mut bits));
+        assert_eq!(bits, [0; 19]);
     }
 
     #[test]
