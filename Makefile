@@ -38,7 +38,7 @@ conformance: build ## KVM's own selftests and the tests of kvm-ioctls, unmodifie
 	conformance/run.sh --if-available
 
 hardware: ## the tables on processors of Bochs and QEMU, in a table
-	cd hardware && $(CARGO) fmt --all --check
+	cd hardware && $(CARGO) fmt -p twofold-walks -p twofold-hardware-x86 --check
 	cd hardware/x86 && env -u RUSTFLAGS $(CARGO) clippy --quiet --target-dir ../../target/hardware -- -D warnings
 	cd hardware && $(CARGO) clippy --quiet --target-dir ../target/hardware -p twofold-walks --all-targets -- -D warnings
 	cd hardware && $(CARGO) test --quiet --target-dir ../target/hardware -p twofold-walks

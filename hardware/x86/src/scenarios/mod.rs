@@ -4,6 +4,7 @@ mod age;
 mod dirty;
 mod exceptions;
 mod faults;
+mod private;
 mod shootdown;
 
 use crate::host::tables_in_use;
@@ -82,6 +83,7 @@ where
         ("ageing by accessed bits", age::by_accessed_bits::<V>),
         ("ageing by access tracking", age::by_access_tracking::<V>),
         ("empty entries suppress #VE", exceptions::suppressed::<V>),
+        ("private and shared filter", private::filter::<V>),
         (
             "second processor: moved memory",
             shootdown::moved_memory::<V>,
@@ -89,6 +91,10 @@ where
         (
             "second processor: omitted flush",
             shootdown::omitted_flush::<V>,
+        ),
+        (
+            "second processor: converted memory",
+            shootdown::converted_memory::<V>,
         ),
         (
             "second processor: deleted slot",

@@ -3,7 +3,7 @@
 //! Its guest accesses one page for ever and never leaves by itself, so it lives on the translation
 //! that it has until it is made to drop it.
 
-use super::{Verdict, check};
+use super::{Verdict, check, private};
 use crate::ensure;
 use crate::guest;
 use crate::processor::Virtualization;
@@ -168,6 +168,39 @@ where
     );
     ensure!(healed, "the old page is written even after a flush");
     Ok(Verdict::Shown("caught: the old page was still written"))
+}
+
+/// The page becomes private and shared again under a guest that writes to it.
+pub fn converted_memory<V: Virtualization>() -> Result<Verdict, Failure>
+where
+    Vm<V>: Send + Sync,
+{
+    let (vm, memory) = private::machine::<V>(1)?;
+    let background = Background::start(&vm, Operation::WriteForever(memory.gpa))?;
+    let (shared, private) = (Hpa::new(memory.hpa), private::private_half(&memory));
+    for round in 0..ROUNDS {
+        let becomes_private = round % 2 == 0;
+        private::convert(&vm, &memory, 0..1, becomes_private)?;
+        let (gone, there) = if becomes_private {
+            (shared, private)
+        } else {
+            (private, shared)
+        };
+        ensure!(
+            !background.changes(gone)?,
+            "round {round}: the other half was still written"
+        );
+        background.goes_on()?;
+        ensure!(
+            background.changes(there)?,
+            "round {round}: the half that is there is not written"
+        );
+    }
+    background.stop()?;
+    check(&vm)?;
+    Ok(Verdict::Shown(
+        "20 conversions, the other half is never written",
+    ))
 }
 
 /// Huge leaves are split and made again under a guest that writes through them.
