@@ -327,8 +327,9 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             broken[4] = Some(Rule::ReadOnlySlot);
         }
         // The leaf was read before the bitmap, and is written after it. What processors have logged
-        // is not in the bitmap yet.
-        let by_log = self.logs_by_pml() && spte::ad_bits(entry) == AdBits::Hardware;
+        // is not in the bitmap yet, and what is in rings never is.
+        let by_log = self.logs_by_pml() && spte::ad_bits(entry) == AdBits::Hardware
+            || self.ring_entries() != 0;
         if writes && level == Level::L4K && !by_log && !begins && !slot.is_marked(gfn) {
             broken[5] = Some(Rule::Unmarked);
         }

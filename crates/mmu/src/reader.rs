@@ -182,9 +182,9 @@ impl ReaderState {
         }
     }
 
-    /// Whether the reader has been dropped.
+    /// Whether the reader has been dropped, and nothing that it has recorded is needed any more.
     pub(crate) fn is_gone(&self) -> bool {
-        self.gone.load(Ordering::Acquire)
+        self.gone.load(Ordering::Acquire) && self.ring().is_none_or(|ring| ring.used() == 0)
     }
 
     /// The pages that a dropped reader left behind.

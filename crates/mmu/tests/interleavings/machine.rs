@@ -11,7 +11,8 @@ use std::ptr::NonNull;
 use std::sync::{Arc, Mutex};
 use twofold_arch::{Gfn, Hpa, Level, Pferr};
 use twofold_mmu::{
-    Config, Fault, FaultError, Host, HostPage, Mmu, Outcome, PopulateError, Reader, Root, RootRole,
+    Config, DirtyGfn, Fault, FaultError, Host, HostPage, Mmu, Outcome, PopulateError, Reader,
+    RingMemory, Root, RootRole,
 };
 
 const PAGE: u64 = 4096;
@@ -166,6 +167,20 @@ unsafe impl Host for TestHost {
 pub(crate) struct Machine<F: Processor> {
     pub(crate) mmu: Mmu<F, TestHost>,
     pub(crate) world: Arc<World>,
+    /// The dirty rings of the processors, if the machine has such.
+    rings: Mutex<Vec<Arc<Ring>>>,
+}
+
+/// A processor's dirty ring, and the entry that the program looks at next.
+struct Ring {
+    entries: Box<[DirtyGfn]>,
+    next: Mutex<usize>,
+}
+
+impl RingMemory for Ring {
+    fn entries(&self) -> &[DirtyGfn] {
+        &self.entries
+    }
 }
 
 /// A virtual processor.
@@ -204,7 +219,21 @@ impl<F: Processor> Machine<F> {
             level,
         });
         let mmu = Mmu::new(TestHost(Arc::clone(&world)), config);
-        let machine = Arc::new(Self { mmu, world });
+        let machine = Arc::new(Self {
+            mmu,
+            world,
+            rings: Mutex::default(),
+        });
+        for id in 0..SLOTS.len() {
+            machine.set_slot(id, flags);
+        }
+        machine
+    }
+
+    /// [`new`](Self::new), with dirty rings.
+    pub(crate) fn with_rings(cpus: usize, flags: u32, level: Level, config: Config) -> Arc<Self> {
+        let machine = Self::new(cpus, 0, level, config);
+        machine.mmu.enable_dirty_ring(PAGE).unwrap();
         for id in 0..SLOTS.len() {
             machine.set_slot(id, flags);
         }
@@ -228,9 +257,20 @@ impl<F: Processor> Machine<F> {
     }
 
     pub(crate) fn cpu(&self, number: usize) -> Cpu {
+        let reader = match self.mmu.ring_entries() {
+            0 => self.mmu.reader(),
+            entries => {
+                let ring = Arc::new(Ring {
+                    entries: (0..entries).map(|_| DirtyGfn::default()).collect(),
+                    next: Mutex::default(),
+                });
+                self.rings.lock().unwrap().push(Arc::clone(&ring));
+                self.mmu.ring_reader(ring)
+            }
+        };
         Cpu {
             number,
-            reader: self.mmu.reader(),
+            reader,
             root: self.mmu.load_root(RootRole::NORMAL).unwrap(),
         }
     }
@@ -253,10 +293,29 @@ impl<F: Processor> Machine<F> {
         drop(change);
     }
 
-    /// Reads the bitmap of slot 0 and says which pages it names, with the writes of each until now.
+    /// Empties the rings: a bit for each page of slot 0 that they name.
+    fn harvest_rings(&self) -> u64 {
+        let mut bits = 0;
+        for ring in self.rings.lock().unwrap().iter() {
+            let mut next = ring.next.lock().unwrap();
+            while let Some((slot, page)) = ring.entries[*next % ring.entries.len()].harvest() {
+                bits |= u64::from(slot == 0) << page;
+                *next += 1;
+            }
+        }
+        switch_point();
+        self.mmu.reset_dirty_rings();
+        bits
+    }
+
+    /// Reads the bitmap of slot 0, or the rings, and says which pages are named, with the writes of
+    /// each until now.
     pub(crate) fn harvest(&self, reported: &mut HashMap<u64, u64>) {
         let mut bits = [0];
-        self.mmu.dirty_log_get(0, 0, &mut bits).unwrap();
+        match self.mmu.ring_entries() {
+            0 => self.mmu.dirty_log_get(0, 0, &mut bits).unwrap(),
+            _ => bits[0] = self.harvest_rings(),
+        }
         let (_, pages, host) = SLOTS[0];
         let mut memory = self.world.memory.lock().unwrap();
         for page in 0..pages {
@@ -337,14 +396,18 @@ impl<F: Processor> Machine<F> {
                     }
                     Step::Leaf { write: false, .. } if write => return Err(error | Pferr::PRESENT),
                     Step::Leaf { hpa, write, .. } => {
-                        // Accessed, and dirty if it is written, in the same step.
+                        // Accessed, and dirty if it is written, in the same step; a processor
+                        // without such bits writes as soon as it may.
+                        let flags = self.mmu.has_accessed_dirty();
                         let dirty = if error.is_write() { F::DIRTY } else { 0 };
-                        let used = value | F::ACCESSED | dirty;
-                        entry.store(used, std::sync::atomic::Ordering::SeqCst);
+                        if flags {
+                            let used = value | F::ACCESSED | dirty;
+                            entry.store(used, std::sync::atomic::Ordering::SeqCst);
+                        }
                         let offset = gfn.get() & (level.frames() - 1);
                         let found = Translation {
                             frame: (hpa.get() >> 12) + offset,
-                            write: write && (error.is_write() || value & F::DIRTY != 0),
+                            write: write && (!flags || error.is_write() || value & F::DIRTY != 0),
                         };
                         let mut tlbs = self.world.tlbs.lock().unwrap();
                         tlbs[cpu.number].translations.insert(key, found);

@@ -278,6 +278,58 @@ fn no_write_escapes_the_harvest() {
 }
 
 #[test]
+fn no_write_escapes_the_rings() {
+    explore("dirty rings", 2, || {
+        let machine = Machine::<Ept>::with_rings(1, LOG, Level::L4K, narrow());
+        let mut cpu = machine.cpu(0);
+        machine.access(&mut cpu, 1, true);
+        let reported = Arc::new(std::sync::Mutex::new(HashMap::new()));
+        let harvested = Arc::clone(&reported);
+        let work: Vec<Work<Ept>> = vec![
+            guest(cpu, &[(2, true), (1, true), (2, true)], &[Access::Made]),
+            Box::new(move |machine| {
+                let mut mine = HashMap::new();
+                machine.harvest(&mut mine);
+                *harvested.lock().unwrap() = mine;
+            }),
+        ];
+        together(&machine, work);
+        machine.check_reported(&mut reported.lock().unwrap());
+        machine.finish();
+    });
+}
+
+/// Ageing takes permissions away without a flush, while another processor gets them back and the
+/// page is collected.
+#[test]
+fn no_write_escapes_the_harvest_of_a_page_that_ages() {
+    explore("ageing and harvest", 2, || {
+        let config = Config {
+            accessed_dirty: false,
+            ..narrow()
+        };
+        let machine = Machine::<Ept>::new(1, LOG, Level::L4K, config);
+        let mut cpu = machine.cpu(0);
+        machine.access(&mut cpu, 1, true);
+        let reported = Arc::new(std::sync::Mutex::new(HashMap::new()));
+        let harvested = Arc::clone(&reported);
+        let work: Vec<Work<Ept>> = vec![
+            guest(cpu, &[(1, false), (1, true)], &[Access::Made]),
+            Box::new(move |machine| {
+                let page = twofold_arch::Gfn::new(1)..twofold_arch::Gfn::new(2);
+                machine.mmu.clear_young_gfns(0, page);
+                let mut mine = HashMap::new();
+                machine.harvest(&mut mine);
+                *harvested.lock().unwrap() = mine;
+            }),
+        ];
+        together(&machine, work);
+        machine.check_reported(&mut reported.lock().unwrap());
+        machine.finish();
+    });
+}
+
+#[test]
 fn a_write_while_logging_begins_is_before_it_or_reported() {
     explore("logging begins", 2, || {
         let machine = Machine::<Npt>::new(1, 0, Level::L4K, narrow());
