@@ -172,16 +172,12 @@ impl Mapper for Tables {
 
     #[inline(always)]
     fn find(&self, gpa: u64) -> Option<Found> {
-        let seen = self.table().lookup(Gpa::new(gpa), Height::LEAF);
-        if seen.entry::<Ept>() != Entry::Leaf {
-            return None;
-        }
-        let height = seen.place().height();
-        let page = Ept::leaf_address(seen.value(), height).get();
+        let (entry, height) = self.table().find_leaf(Gpa::new(gpa))?;
+        let page = Ept::leaf_address(entry, height).get();
         let offset = gpa & (Ept::bytes(height) - 1) & !(PAGE_SIZE - 1);
         Some(Found {
             hpa: page + offset,
-            writable: writable::<Ept>(seen.value()) == Some(Writable::Yes),
+            writable: writable::<Ept>(entry) == Some(Writable::Yes),
         })
     }
 }

@@ -50,7 +50,9 @@ fn map<F: Format>(
 
 fn mapped<F: Format>(table: &Table<'_, F, Arena>, page: u64) -> Option<(u64, Height)> {
     let seen = table.lookup(gpa(page), Height::LEAF);
-    (seen.entry::<F>() == Entry::Leaf).then_some((seen.value(), seen.place().height()))
+    let leaf = (seen.entry::<F>() == Entry::Leaf).then_some((seen.value(), seen.place().height()));
+    assert_eq!(table.find_leaf(gpa(page)), leaf);
+    leaf
 }
 
 fn zap<F: Format>(table: Table<'_, F, Arena>, pages: Range<u64>) -> Debt<F> {

@@ -108,6 +108,16 @@ pub trait Format: 'static {
     /// What `entry`, found at `height`, is.
     fn decode(entry: u64, height: Height) -> Entry;
 
+    /// The table that `entry`, found at `height` above the leaves, points to: what
+    /// [`decode`](Self::decode) says, for a walk that wants nothing else.
+    #[inline(always)]
+    fn child(entry: u64, height: Height) -> Option<Hpa> {
+        match Self::decode(entry, height) {
+            Entry::Table(child) => Some(child),
+            _ => None,
+        }
+    }
+
     /// An entry that points to the table at `child`.
     fn table_entry(child: Hpa) -> u64;
 

@@ -3,95 +3,23 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may fail")]
 
-use crate::build::{BuildError, PageSource};
+use crate::build::PageSource;
 use crate::change::Debt;
 use crate::format::{Entry, Format, Height};
-use crate::section::{ReaderWord, wait_for_readers};
-use crate::sync::atomic::{AtomicBool, Ordering, fence};
-use crate::testing::{Arena, Source};
-use crate::toy::{SHIFT, ToyBreak, ToyDirect, leaf};
-use crate::walk::{RootTable, Table};
+use crate::interleaving_world::{World, beside, finish, gpa, map, source};
+use crate::sync::atomic::Ordering;
+use crate::testing::Arena;
+use crate::toy::{ToyBreak, ToyDirect, leaf};
 use loom::sync::Arc;
 use loom::thread;
-use twofold_arch::Gpa;
-
-fn gpa(page: u64) -> Gpa {
-    Gpa::new(page << SHIFT)
-}
-
-fn source(arena: &Arena) -> Source<'_> {
-    Source { arena, limit: 100 }
-}
-
-fn map<F: Format>(table: &Table<'_, F, Arena>, page: u64, value: u64) -> bool {
-    loop {
-        let seen = table.lookup(gpa(page), Height::LEAF);
-        match seen.entry::<F>() {
-            Entry::Empty => {}
-            Entry::Frozen => {
-                thread::yield_now();
-                continue;
-            }
-            _ => return false,
-        }
-        let mut source = source(table.storage);
-        match table.link_leaf(seen, gpa(page), Height::LEAF, value, &mut source) {
-            Ok(_) => return true,
-            Err(BuildError::Raced) => {}
-            Err(BuildError::OutOfPages) => panic!("the arena is too small"),
-        }
-    }
-}
-
-/// Frees everything and makes sure that nothing is left.
-fn finish<F: Format>(arena: &Arena, root: RootTable) {
-    let mut debt = Debt::none();
-    arena.table::<F>(root).retire_root(&mut debt);
-    let readers = wait_for_readers([].into_iter(), || {});
-    debt.settle(|_| {})
-        .reclaim(&readers, arena, |page| arena.free(page));
-    assert_eq!(arena.allocated(), 0, "pages leaked");
-}
-
-struct World {
-    arena: Arena,
-    root: RootTable,
-    reader: ReaderWord,
-    zapping: AtomicBool,
-}
-
-impl World {
-    fn new<F: Format>(pages: usize) -> Arc<Self> {
-        let arena = Arena::new(pages);
-        let root = arena.root::<F>(1);
-        let reader = ReaderWord::new();
-        Arc::new(Self {
-            arena,
-            root,
-            reader,
-            zapping: AtomicBool::new(false),
-        })
-    }
-
-    fn table<F: Format>(&self) -> Table<'_, F, Arena> {
-        self.arena.table::<F>(self.root)
-    }
-
-    /// The heavy barrier, and the wait for the reader.
-    fn synchronize(&self) -> crate::section::Quiesced {
-        fence(Ordering::SeqCst);
-        wait_for_readers([&self.reader].into_iter(), thread::yield_now)
-    }
-}
 
 #[test]
 fn of_two_that_map_the_same_page_one_wins_and_no_table_is_lost() {
     loom::model(|| {
         let world = World::new::<ToyDirect>(5);
-        let other = {
-            let world = Arc::clone(&world);
-            thread::spawn(move || map(&world.table::<ToyDirect>(), 5, leaf(1, 7)))
-        };
+        let other = beside(&world, move |world| {
+            map(&world.table::<ToyDirect>(), 5, leaf(1, 7))
+        });
         let mine = map(&world.table::<ToyDirect>(), 5, leaf(2, 7));
         let others = other.join().unwrap();
         assert!(mine != others);
@@ -109,10 +37,9 @@ fn of_two_that_map_the_same_page_one_wins_and_no_table_is_lost() {
 fn two_that_map_neighbours_share_the_tables() {
     loom::model(|| {
         let world = World::new::<ToyDirect>(5);
-        let other = {
-            let world = Arc::clone(&world);
-            thread::spawn(move || map(&world.table::<ToyDirect>(), 5, leaf(1, 7)))
-        };
+        let other = beside(&world, move |world| {
+            map(&world.table::<ToyDirect>(), 5, leaf(1, 7))
+        });
         assert!(map(&world.table::<ToyDirect>(), 6, leaf(2, 7)));
         assert!(other.join().unwrap());
         for (page, value) in [(5, leaf(1, 7)), (6, leaf(2, 7))] {
@@ -134,20 +61,15 @@ fn a_walker_in_a_section_never_meets_a_freed_table() {
     loom::model(|| {
         let world = World::new::<ToyDirect>(3);
         assert!(map(&world.table::<ToyDirect>(), 5, leaf(1, 7)));
-        let walker = {
-            let world = Arc::clone(&world);
-            thread::spawn(move || {
-                // SAFETY: the only user of the word.
-                #[expect(unsafe_code)]
-                let _section = unsafe { world.reader.enter() };
-                // The arena answers an access to a freed page with a panic.
-                let seen = world.table::<ToyDirect>().lookup(gpa(5), Height::LEAF);
-                assert!(matches!(
-                    seen.entry::<ToyDirect>(),
-                    Entry::Leaf | Entry::Empty | Entry::Frozen
-                ));
-            })
-        };
+        let walker = beside(&world, move |world| {
+            let _section = world.section();
+            // The arena answers an access to a freed page with a panic.
+            let seen = world.table::<ToyDirect>().lookup(gpa(5), Height::LEAF);
+            assert!(matches!(
+                seen.entry::<ToyDirect>(),
+                Entry::Leaf | Entry::Empty | Entry::Frozen
+            ));
+        });
         let table = world.table::<ToyDirect>();
         let mut debt = Debt::none();
         table
@@ -166,17 +88,12 @@ fn a_walker_in_a_section_never_meets_a_freed_table() {
 fn a_fault_either_sees_the_zap_coming_or_is_zapped() {
     loom::model(|| {
         let world = World::new::<ToyDirect>(3);
-        let fault = {
-            let world = Arc::clone(&world);
-            thread::spawn(move || {
-                // SAFETY: the only user of the word.
-                #[expect(unsafe_code)]
-                let _section = unsafe { world.reader.enter() };
-                if !world.zapping.load(Ordering::Acquire) {
-                    assert!(map(&world.table::<ToyDirect>(), 5, leaf(1, 7)));
-                }
-            })
-        };
+        let fault = beside(&world, move |world| {
+            let _section = world.section();
+            if !world.zapping.load(Ordering::Acquire) {
+                assert!(map(&world.table::<ToyDirect>(), 5, leaf(1, 7)));
+            }
+        });
         world.zapping.store(true, Ordering::Release);
         let readers = world.synchronize();
         let table = world.table::<ToyDirect>();
@@ -200,22 +117,19 @@ fn nobody_changes_a_frozen_entry_but_its_owner() {
     loom::model(|| {
         let world = World::new::<ToyDirect>(3);
         assert!(map(&world.table::<ToyDirect>(), 5, leaf(1, 7)));
-        let other = {
-            let world = Arc::clone(&world);
-            thread::spawn(move || {
-                let table = world.table::<ToyDirect>();
-                let seen = table.lookup(gpa(5), Height::LEAF);
-                match seen.entry::<ToyDirect>() {
-                    Entry::Leaf => table.widen(seen, seen.value() | 1 << 40).is_ok(),
-                    Entry::Frozen => {
-                        assert!(table.install(seen, leaf(9, 7)).is_err());
-                        assert!(table.freeze(seen).is_err());
-                        false
-                    }
-                    entry => panic!("{entry:?}"),
+        let other = beside(&world, move |world| {
+            let table = world.table::<ToyDirect>();
+            let seen = table.lookup(gpa(5), Height::LEAF);
+            match seen.entry::<ToyDirect>() {
+                Entry::Leaf => table.widen(seen, seen.value() | 1 << 40).is_ok(),
+                Entry::Frozen => {
+                    assert!(table.install(seen, leaf(9, 7)).is_err());
+                    assert!(table.freeze(seen).is_err());
+                    false
                 }
-            })
-        };
+                entry => panic!("{entry:?}"),
+            }
+        });
         let table = world.table::<ToyDirect>();
         let frozen = loop {
             if let Ok(frozen) = table.freeze(table.lookup(gpa(5), Height::LEAF)) {
@@ -238,23 +152,20 @@ fn break_before_make_shows_the_old_page_or_the_lock_or_the_new_page() {
     loom::model(|| {
         let world = World::new::<ToyBreak>(3);
         assert!(map(&world.table::<ToyBreak>(), 5, leaf(1, 7)));
-        let walker = {
-            let world = Arc::clone(&world);
-            thread::spawn(move || {
-                let mut last = 0;
-                for _ in 0..2 {
-                    let seen = world.table::<ToyBreak>().lookup(gpa(5), Height::LEAF);
-                    let now = match seen.value() {
-                        value if value == leaf(1, 7) => 0,
-                        value if value == ToyBreak::FROZEN => 1,
-                        value if value == leaf(2, 7) => 2,
-                        value => panic!("{value:#x}"),
-                    };
-                    assert!(now >= last);
-                    last = now;
-                }
-            })
-        };
+        let walker = beside(&world, move |world| {
+            let mut last = 0;
+            for _ in 0..2 {
+                let seen = world.table::<ToyBreak>().lookup(gpa(5), Height::LEAF);
+                let now = match seen.value() {
+                    value if value == leaf(1, 7) => 0,
+                    value if value == ToyBreak::FROZEN => 1,
+                    value if value == leaf(2, 7) => 2,
+                    value => panic!("{value:#x}"),
+                };
+                assert!(now >= last);
+                last = now;
+            }
+        });
         let table = world.table::<ToyBreak>();
         let mut debt = Debt::none();
         let seen = table.lookup(gpa(5), Height::LEAF);
@@ -270,23 +181,18 @@ fn a_fault_into_a_table_that_is_being_taken_out_is_taken_out_with_it() {
     loom::model(|| {
         let world = World::new::<ToyDirect>(3);
         assert!(map(&world.table::<ToyDirect>(), 5, leaf(1, 7)));
-        let fault = {
-            let world = Arc::clone(&world);
-            thread::spawn(move || {
-                // SAFETY: the only user of the word.
-                #[expect(unsafe_code)]
-                let _section = unsafe { world.reader.enter() };
-                let table = world.table::<ToyDirect>();
-                // Pages 4 and 6: the first entry of the table, which the list of retired tables
-                // takes for itself, and one that it does not.
-                [4, 6].map(|page| {
-                    let seen = table.lookup(gpa(page), Height::LEAF);
-                    seen.entry::<ToyDirect>() == Entry::Empty
-                        && seen.place().height() == Height::LEAF
-                        && table.install(seen, leaf(page, 7)).is_ok()
-                })
+        let fault = beside(&world, move |world| {
+            let _section = world.section();
+            let table = world.table::<ToyDirect>();
+            // Pages 4 and 6: the first entry of the table, which the list of retired tables
+            // takes for itself, and one that it does not.
+            [4, 6].map(|page| {
+                let seen = table.lookup(gpa(page), Height::LEAF);
+                seen.entry::<ToyDirect>() == Entry::Empty
+                    && seen.place().height() == Height::LEAF
+                    && table.install(seen, leaf(page, 7)).is_ok()
             })
-        };
+        });
         let table = world.table::<ToyDirect>();
         let mut debt = Debt::none();
         table

@@ -15,6 +15,8 @@ fn check<F: Format>(pages: &[Hpa]) {
     for height in heights::<F>() {
         assert_eq!(F::decode(F::EMPTY, height), Entry::Empty);
         assert_eq!(F::decode(F::FROZEN, height), Entry::Frozen);
+        assert_eq!(F::child(F::EMPTY, height), None);
+        assert_eq!(F::child(F::FROZEN, height), None);
         assert_eq!(F::decode(F::link(None, height), height), Entry::Frozen);
         assert_eq!(F::link_target(F::link(None, height)), (None, height));
         for &page in pages {
@@ -23,6 +25,8 @@ fn check<F: Format>(pages: &[Hpa]) {
             assert_eq!(F::link_target(link), (Some(page), height));
             if height != Height::LEAF {
                 assert_eq!(F::decode(F::table_entry(page), height), Entry::Table(page));
+                assert_eq!(F::child(F::table_entry(page), height), Some(page));
+                assert_eq!(F::child(link, height), None);
             }
         }
         if let Some(below) = height.below() {

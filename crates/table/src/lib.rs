@@ -27,9 +27,13 @@ pub mod x86;
 #[cfg(all(test, not(loom)))]
 mod engine_tests;
 #[cfg(all(test, loom))]
+mod interleaving_world;
+#[cfg(all(test, loom))]
 mod interleavings;
 #[cfg(all(test, loom))]
 mod interleavings_of_breaks;
+#[cfg(all(test, loom))]
+mod interleavings_of_sizes;
 #[cfg(all(test, not(loom)))]
 mod laws;
 #[cfg(all(test, not(loom)))]

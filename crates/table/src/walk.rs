@@ -200,4 +200,38 @@ impl<'s, F: Format, S: Storage> Table<'s, F, S> {
             value,
         }
     }
+
+    /// The leaf that maps `gpa`: its value and its height. What a query wants that does not change
+    /// anything, with nothing beyond the loads.
+    ///
+    /// Addresses at or above [`end`](Self::end) are the caller's mistake and are treated modulo it.
+    #[inline(always)]
+    pub fn find_leaf(&self, gpa: Gpa) -> Option<(u64, Height)> {
+        const { assert!(F::MAX_HEIGHT.get() <= 5) };
+        let root = self.root.height;
+        let mut page = self.root_at(gpa).page();
+        // Spelled out, so that each step shifts by a constant.
+        macro_rules! step {
+            ($height:expr) => {
+                if F::MAX_HEIGHT >= $height && root >= $height {
+                    let value = self.storage.load(At::new(page, F::index(gpa, $height)));
+                    match F::child(value, $height) {
+                        Some(child) => page = TablePage::found(child),
+                        None if F::decode(value, $height) == Entry::Leaf => {
+                            return Some((value, $height));
+                        }
+                        None => return None,
+                    }
+                }
+            };
+        }
+        step!(Height::new(5));
+        step!(Height::new(4));
+        step!(Height::new(3));
+        step!(Height::new(2));
+        let value = self
+            .storage
+            .load(At::new(page, F::index(gpa, Height::LEAF)));
+        (F::decode(value, Height::LEAF) == Entry::Leaf).then_some((value, Height::LEAF))
+    }
 }

@@ -92,6 +92,12 @@ macro_rules! x86_format {
             }
 
             #[inline(always)]
+            fn child(entry: u64, _height: Height) -> Option<Hpa> {
+                let is_table = entry & (MMU_PRESENT | LARGE) == MMU_PRESENT;
+                is_table.then(|| Hpa::new(entry & ADDRESS_MASK))
+            }
+
+            #[inline(always)]
             fn table_entry(child: Hpa) -> u64 {
                 child.get() & ADDRESS_MASK | MMU_PRESENT | $table
             }
@@ -212,6 +218,14 @@ mod tests {
                         Entry::Special
                     };
                     assert_eq!(decode(entry, height), expected, "{entry:#x}");
+                    if height != Height::LEAF {
+                        let child = match expected {
+                            Entry::Table(child) => Some(child),
+                            _ => None,
+                        };
+                        assert_eq!(Ept::child(entry, height), child, "{entry:#x}");
+                        assert_eq!(Npt::child(entry, height), child, "{entry:#x}");
+                    }
                 }
             }
         }
