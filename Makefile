@@ -8,7 +8,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## build the command and libtwofold.so in release mode
-	$(CARGO) build --release --quiet -p twofold -p twofold-preload -p hello
+	$(CARGO) build --release --quiet -p twofold -p twofold-preload -p hello -p private
 
 run: build ## run examples/hello on the software KVM and print a summary
 	@if [ -e /dev/kvm ]; then \
@@ -47,9 +47,18 @@ hardware: ## the tables on processors of Bochs and QEMU, in a table
 hardware-arm64: ## the protected hypervisor and its host on QEMU's arm64 model
 	hardware/arm64/run.sh
 
-bench: build ## figures beside what they are compared with; BENCH=--markdown for the documentation
+bench: build ## figures beside what they are compared with; BENCH="zap map" for some of them
 	$(CARGO) build --release --quiet -p twofold-bench
 	target/release/twofold-bench $(BENCH)
+
+bench-docs: build ## measure, and put the tables into docs/performance.md
+	$(CARGO) build --release --quiet -p twofold-bench
+	target/release/twofold-bench --markdown > target/bench.md
+	(echo; target/release/twofold-bench --instructions --markdown) >> target/bench.md
+	awk '/^<!-- end of figures/ { skip = 0 } !skip { print } \
+		/^<!-- figures/ { while ((getline line < "target/bench.md") > 0) print line; skip = 1 }' \
+		docs/performance.md > target/performance.md
+	cp target/performance.md docs/performance.md
 
 bench-instructions: ## instructions instead of time: the same figures on a busy machine
 	@command -v valgrind >/dev/null || apt-get install --yes valgrind || \

@@ -246,3 +246,37 @@ fn the_hello_guest_runs_on_twofold() {
         assert!(!summary.contains("4K 0, 2M 0, 1G 0"), "{summary}");
     }
 }
+
+#[test]
+fn the_private_guest_keeps_its_secrets_from_the_program_that_runs_it() {
+    let profile: &[&str] = if cfg!(debug_assertions) {
+        &[]
+    } else {
+        &["--release"]
+    };
+    let built = Command::new(env!("CARGO"))
+        .args(["build", "--quiet", "-p", "twofold-preload", "-p", "private"])
+        .args(profile)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .unwrap();
+    assert!(built.status.success(), "{}", text(&built));
+    let private = Path::new(env!("CARGO_BIN_EXE_twofold")).with_file_name("private");
+    let private = private.to_str().unwrap();
+
+    for second_stage in ["ept", "npt"] {
+        let output = twofold(&["run", "--second-stage", second_stage, "--", private]);
+        assert_says(
+            &output,
+            0,
+            &[
+                "cannot be mapped: No such device",
+                "step 1: from outside the pages look like ................",
+                "step 3: from outside the pages look like 0.0.0.0.0.0.0.0.",
+                "a private access to 0x40200000",
+                "step 6: from outside the pages look like 0000000000000000",
+                "no private byte was seen outside",
+            ],
+        );
+    }
+}
