@@ -71,7 +71,7 @@ fn set_all(meter: Meter) -> Result<Row> {
         unit: "ns",
         reach: Reach::AtMost(300.0),
         figures,
-        obstacle: "a lock, and a summary of 512 regions to compare and to write",
+        obstacle: "two locks, and a summary of 512 regions to compare and to write".into(),
     })
 }
 
@@ -106,7 +106,7 @@ fn flip_one(meter: Meter) -> Result<Row> {
         unit: "ns",
         reach: Reach::AtMost(20.0),
         figures,
-        obstacle: "two locks, the slots' and the writers', each taken and released",
+        obstacle: "two locks, the slots' and the writers', and the range is looked at three times: whether there is anything to do, whether there is memory for it, to do it".into(),
     })
 }
 
@@ -139,7 +139,9 @@ fn look_up(meter: Meter) -> Result<Row> {
         unit: "ns",
         reach: Reach::AtMost(2.0),
         figures,
-        obstacle: "a directory, a summary and a bitmap, one after the other",
+        obstacle:
+            "four loads that depend on each other: a directory, a chunk, its summary, its bitmap"
+                .into(),
     })
 }
 

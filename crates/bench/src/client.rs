@@ -3,13 +3,14 @@
 use crate::measure::{Comparison, Meter, Samples};
 use crate::report::{Reach, Row};
 use anyhow::{Context, Result, ensure};
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-type Figures = HashMap<String, f64>;
+pub(crate) type Figures = HashMap<String, f64>;
 
-fn run(command: &mut Command) -> Result<Figures> {
+pub(crate) fn run(command: &mut Command) -> Result<Figures> {
     let output = command
         .output()
         .with_context(|| format!("starting {command:?}"))?;
@@ -27,7 +28,7 @@ fn run(command: &mut Command) -> Result<Figures> {
         .collect()
 }
 
-fn beside_this_program(name: &str) -> Result<PathBuf> {
+pub(crate) fn beside_this_program(name: &str) -> Result<PathBuf> {
     let own = std::env::current_exe().context("finding this program")?;
     let path = own.with_file_name(name);
     ensure!(
@@ -67,7 +68,7 @@ pub(crate) fn rows(meter: Meter) -> Result<Vec<Row>> {
             unit,
             reach,
             figures: comparison,
-            obstacle,
+            obstacle: Cow::Borrowed(obstacle),
         }
     };
     Ok(vec![

@@ -12,6 +12,9 @@ use std::process::Command;
 /// The function that is counted, as `callgrind` names it.
 const COUNTED: &str = "twofold_bench::measure::counted";
 
+/// Our name in the announcements.
+pub(crate) const OURS: &str = "ours";
+
 /// The argument with which the program starts itself under `callgrind`.
 pub(crate) const INNER: &str = "--under-callgrind";
 
@@ -56,24 +59,26 @@ pub(crate) fn print(style: Style, subjects: &[String]) -> Result<()> {
         "the run under valgrind failed: {}",
         String::from_utf8_lossy(&output.stderr)
     );
-    let mut lines: Vec<[String; 4]> = Vec::new();
+    let mut lines: Vec<[String; 3]> = Vec::new();
     for (number_of_file, line) in String::from_utf8(output.stdout)?.lines().enumerate() {
         let fields: Vec<_> = line.split('\t').collect();
         let [what, contender, items] = fields[..] else {
             anyhow::bail!("the run under valgrind said {line:?}");
         };
         let file = directory.join(format!("counts.{}", number_of_file + 1));
-        let instructions = total(&file)?;
-        lines.push([
-            what.to_owned(),
-            contender.to_owned(),
-            items.to_owned(),
-            number(instructions / items.parse::<f64>()?),
-        ]);
+        let per_item = number(total(&file)? / items.parse::<f64>()?);
+        if lines.last().is_none_or(|line| line[0] != what) {
+            lines.push([what.to_owned(), String::new(), String::new()]);
+        }
+        if let Some([_, ours, others]) = lines.last_mut() {
+            if contender == OURS {
+                *ours = per_item;
+            } else {
+                let comma = if others.is_empty() { "" } else { ", " };
+                *others += &format!("{comma}{contender} {per_item}");
+            }
+        }
     }
-    style.print_table(
-        ["work", "contender", "items", "instructions per item"],
-        &lines,
-    );
+    style.print_table(["instructions per item", "ours", "others"], &lines);
     std::fs::remove_dir_all(&directory).with_context(|| format!("removing {}", directory.display()))
 }

@@ -9,12 +9,14 @@ mod guest;
 mod host;
 mod huge;
 mod instructions;
+mod machine;
 mod map;
 mod mapper;
 mod measure;
 mod memory;
 mod peers;
 mod pool;
+mod private;
 mod protect;
 mod query;
 mod random;
@@ -32,7 +34,7 @@ use report::{Row, Style};
 type Subject = fn(Meter) -> anyhow::Result<Vec<Row>>;
 
 /// Subjects in the order of the table, each with the name that chooses it.
-const SUBJECTS: [(&str, Subject); 12] = [
+const SUBJECTS: [(&str, Subject); 13] = [
     ("client", client::rows),
     ("slots", slots::rows),
     ("map", map::rows),
@@ -45,6 +47,7 @@ const SUBJECTS: [(&str, Subject); 12] = [
     ("dirty", dirty::rows),
     ("attributes", attributes::rows),
     ("memory", memory::rows),
+    ("private", private::rows),
 ];
 
 const USAGE: &str = "\
@@ -79,6 +82,7 @@ fn main() -> anyhow::Result<()> {
     if under_callgrind {
         meter = Meter::Instructions;
     }
+    let load = machine::load();
     let mut rows = Vec::new();
     for (name, subject) in SUBJECTS {
         if chosen.is_empty() || chosen.iter().any(|chosen| chosen == name) {
@@ -86,6 +90,11 @@ fn main() -> anyhow::Result<()> {
         }
     }
     if !under_callgrind {
+        println!(
+            "{}; load average {load} before, {} after\n",
+            machine::describe(),
+            machine::load()
+        );
         report::print(&rows, style);
     }
     Ok(())

@@ -54,7 +54,7 @@ pub(crate) fn rows(meter: Meter) -> Result<Vec<Row>> {
             unit: "ns",
             reach: Reach::AtMost(0.5),
             figures,
-            obstacle: "each entry is made by the leaf encoder and stored on its own",
+            obstacle: "each entry is made by the leaf encoder and stored on its own".into(),
         })?,
         row(
             large,
@@ -67,7 +67,7 @@ pub(crate) fn rows(meter: Meter) -> Result<Vec<Row>> {
                 unit: "ns",
                 reach: Reach::AtMost(2.0),
                 figures,
-                obstacle: "each table is taken from the pool and filled on its own",
+                obstacle: "each table is taken from the pool and filled on its own".into(),
             },
         )?,
     ])

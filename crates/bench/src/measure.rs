@@ -190,7 +190,7 @@ impl<'a> Contest<'a> {
 impl Role {
     const fn name(self) -> &'static str {
         match self {
-            Self::Ours => "ours",
+            Self::Ours => crate::instructions::OURS,
             Self::Peer(name) | Self::Floor(name) => name,
         }
     }

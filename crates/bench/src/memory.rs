@@ -43,14 +43,14 @@ pub(crate) fn rows(meter: Meter) -> Result<Vec<Row>> {
             unit: "MiB",
             reach: Reach::AtMost(2.06),
             figures,
-            obstacle: "more tables than the mapping needs",
+            obstacle: "more tables than the mapping needs".into(),
         },
         Row {
             what: "tables that are not back after zapping it",
             unit: "",
             reach: Reach::AtMost(0.0),
             figures: Comparison::of(Samples::one(kept as f64)),
-            obstacle: "tables are kept",
+            obstacle: "tables are kept".into(),
         },
     ])
 }

@@ -63,7 +63,7 @@ pub(crate) fn rows(meter: Meter) -> Result<Vec<Row>> {
         unit: "ns",
         reach: Reach::AtMost(40.0),
         figures,
-        obstacle: "four levels of nodes, the lower ones not in the first cache",
+        obstacle: "four levels of nodes, the lower ones not in the first cache".into(),
     };
 
     let last = (SLOTS - 1) as u32;
@@ -92,7 +92,7 @@ pub(crate) fn rows(meter: Meter) -> Result<Vec<Row>> {
         unit: "ns",
         reach: Reach::AtMost(1000.0),
         figures,
-        obstacle: "a deleted slot is waited for",
+        obstacle: "a deleted slot is waited for".into(),
     };
     Ok(vec![lookup, change])
 }

@@ -47,6 +47,6 @@ pub(crate) fn rows(meter: Meter) -> Result<Vec<Row>> {
         unit: "ns",
         reach: Reach::AtMost(120.0),
         figures: contest.run(meter)?,
-        obstacle: "the 512 new entries are written one by one",
+        obstacle: "the 512 new entries are written one by one".into(),
     }])
 }

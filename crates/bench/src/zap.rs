@@ -35,7 +35,7 @@ fn unlinked(guest: &Guest) -> Result<Row> {
         unit: "ns",
         reach: Reach::AtMost(0.05),
         figures,
-        obstacle: "the lock, the range of the change and the readers that are waited for",
+        obstacle: "the lock, the range of the change and the readers that are waited for".into(),
     })
 }
 
@@ -76,7 +76,7 @@ fn until_back(
         unit: "ns",
         reach: Reach::AtMost(reach),
         figures: contest.run(meter)?,
-        obstacle,
+        obstacle: obstacle.into(),
     })
 }
 

@@ -1,0 +1,286 @@
+//! A KVM program that measures private memory and pre-faulting on the KVM it runs on.
+//!
+//! `twofold-bench` starts it as it starts `kvm-client`. Each line of its output is `name figure`;
+//! figures are nanoseconds, a page or a call, the median of several rounds.
+//!
+//! UNSAFETY: mapping guest memory and handing it to KVM are unsafe operations of `kvm-ioctls` and
+//! `rustix`, and pre-faulting is an ioctl that `kvm-ioctls` does not have.
+#![expect(unsafe_code)]
+
+use anyhow::{Context, Result, bail};
+use kvm_bindings::{
+    KVM_MEMORY_ATTRIBUTE_PRIVATE, KVM_X86_SW_PROTECTED_VM, kvm_memory_attributes,
+    kvm_pre_fault_memory, kvm_segment, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use std::ffi::c_void;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Instant;
+
+const GIB: u64 = 1 << 30;
+const PAGE: u64 = 4096;
+const PAGES: f64 = (GIB / PAGE) as f64;
+const ROUNDS: usize = 5;
+/// Where the gigabyte is in the guest.
+const DATA: u64 = 4 * GIB;
+const LOW: usize = 1 << 20;
+const CODE: u64 = 0x8000;
+const PML4: u64 = 0x1000;
+const PDPT: u64 = 0x2000;
+/// Ranges that exist when one page is flipped.
+const RANGES: u64 = 1_000_000;
+const FLIPS: u64 = 20_000;
+
+const PRE_FAULT: Opcode = opcode::read_write::<kvm_pre_fault_memory>(0xae, 0xd5);
+
+fn main() -> Result<()> {
+    let kvm = Kvm::new().context("opening /dev/kvm")?;
+    let small = Mapping::new(Advice::LinuxNoHugepage)?;
+    println!("zero_4k {:.2}", small.populate_ns / PAGES);
+    println!("prefault_4k {:.2}", prefault(&kvm, &small)? / PAGES);
+    println!("touch_4k {:.2}", touch(&kvm, &small)? / PAGES);
+    println!("convert {:.0}", convert(&kvm, &small)?);
+    drop(small);
+    let large = Mapping::new(Advice::LinuxHugepage)?;
+    println!("prefault_2m {:.2}", prefault(&kvm, &large)? / PAGES);
+    println!("touch_2m {:.2}", touch(&kvm, &large)? / PAGES);
+    drop(large);
+    println!("flip {:.1}", flip(&kvm)?);
+    Ok(())
+}
+
+fn median(mut round: impl FnMut() -> Result<f64>) -> Result<f64> {
+    let mut figures = (0..ROUNDS).map(|_| round()).collect::<Result<Vec<_>>>()?;
+    figures.sort_by(f64::total_cmp);
+    Ok(figures[ROUNDS / 2])
+}
+
+/// A gigabyte of present memory of this program, at a multiple of 2M.
+struct Mapping {
+    start: *mut c_void,
+    length: usize,
+    first: *mut c_void,
+    /// What the kernel took to zero it.
+    populate_ns: f64,
+}
+
+impl Mapping {
+    fn new(size: Advice) -> Result<Self> {
+        let length = (GIB + (2 << 20)) as usize;
+        // SAFETY: an anonymous mapping at an address of the kernel's choice aliases nothing.
+        let start = unsafe {
+            mmap_anonymous(
+                std::ptr::null_mut(),
+                length,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )
+        }
+        .context("mapping guest memory")?;
+        let first = start.map_addr(|address| address.next_multiple_of(2 << 20));
+        let before = Instant::now();
+        // SAFETY: our own new mapping.
+        unsafe {
+            // A kernel without huge pages refuses, and has only small ones.
+            let _ = madvise(first, GIB as usize, size);
+            madvise(first, GIB as usize, Advice::LinuxPopulateWrite).context("populating")?;
+        }
+        Ok(Self {
+            start,
+            length,
+            first,
+            populate_ns: before.elapsed().as_nanos() as f64,
+        })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping; the VMs that used it are gone.
+        let _ = unsafe { munmap(self.start, self.length) };
+    }
+}
+
+fn set_slot(vm: &VmFd, slot: u32, gpa: u64, bytes: u64, host: *mut c_void) -> Result<()> {
+    let region = kvm_userspace_memory_region {
+        slot,
+        flags: 0,
+        guest_phys_addr: gpa,
+        memory_size: bytes,
+        userspace_addr: host as u64,
+    };
+    // SAFETY: the mapping outlives the VM.
+    unsafe { vm.set_user_memory_region(region) }.with_context(|| format!("slot {slot}"))
+}
+
+/// Pre-faults the gigabyte. How often the call had to be repeated is part of the time.
+fn prefault_all(vcpu: &VcpuFd) -> Result<()> {
+    let mut range = kvm_pre_fault_memory {
+        gpa: DATA,
+        size: GIB,
+        ..Default::default()
+    };
+    while range.size != 0 {
+        // SAFETY: the descriptor is open while the vCPU is borrowed, and the request takes this
+        // structure.
+        unsafe {
+            let fd = BorrowedFd::borrow_raw(vcpu.as_raw_fd());
+            ioctl(fd, Updater::<PRE_FAULT, _>::new(&mut range)).context("KVM_PRE_FAULT_MEMORY")?;
+        }
+    }
+    Ok(())
+}
+
+fn prefault(kvm: &Kvm, memory: &Mapping) -> Result<f64> {
+    median(|| {
+        let vm = kvm.create_vm()?;
+        set_slot(&vm, 0, DATA, GIB, memory.first)?;
+        let vcpu = vm.create_vcpu(0)?;
+        let start = Instant::now();
+        prefault_all(&vcpu)?;
+        Ok(start.elapsed().as_nanos() as f64)
+    })
+}
+
+/// A guest that reads one word of every page.
+fn touch(kvm: &Kvm, memory: &Mapping) -> Result<f64> {
+    median(|| {
+        let vm = kvm.create_vm()?;
+        // SAFETY: an anonymous mapping at an address of the kernel's choice aliases nothing.
+        let low = unsafe {
+            mmap_anonymous(
+                std::ptr::null_mut(),
+                LOW,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE,
+            )
+        }?;
+        let store = |gpa: u64, value: u64| {
+            // SAFETY: every address stored to below lies in the mapping.
+            unsafe {
+                low.cast::<u8>()
+                    .add(gpa as usize)
+                    .cast::<u64>()
+                    .write(value)
+            }
+        };
+        store(PML4, PDPT | 7);
+        store(PDPT, 0x87);
+        store(PDPT + 4 * 8, DATA | 0x87);
+        // out 0x10, al; 1: mov rax, [rdi]; add rdi, 4096; dec rcx; jnz 1b; out 0x10, al
+        let code = [
+            0xe6, 0x10, 0x48, 0x8b, 0x07, 0x48, 0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, 0x48, 0xff,
+            0xc9, 0x75, 0xf1, 0xe6, 0x10,
+        ];
+        // SAFETY: the code page lies in the mapping.
+        unsafe {
+            low.cast::<u8>()
+                .add(CODE as usize)
+                .copy_from_nonoverlapping(code.as_ptr(), code.len());
+        }
+        set_slot(&vm, 0, 0, LOW as u64, low)?;
+        set_slot(&vm, 1, DATA, GIB, memory.first)?;
+        let mut vcpu = vm.create_vcpu(0)?;
+        enter_long_mode(&vcpu)?;
+        run_until_port(&mut vcpu)?;
+        let start = Instant::now();
+        run_until_port(&mut vcpu)?;
+        let spent = start.elapsed().as_nanos() as f64;
+        drop((vcpu, vm));
+        // SAFETY: no VM refers to the mapping any more.
+        unsafe { munmap(low, LOW)? };
+        Ok(spent)
+    })
+}
+
+fn enter_long_mode(vcpu: &VcpuFd) -> Result<()> {
+    let flat = kvm_segment {
+        base: 0,
+        limit: 0xffff_ffff,
+        selector: 8,
+        type_: 11,
+        present: 1,
+        s: 1,
+        l: 1,
+        g: 1,
+        ..Default::default()
+    };
+    let data = kvm_segment {
+        type_: 3,
+        l: 0,
+        db: 1,
+        selector: 16,
+        ..flat
+    };
+    let mut sregs = vcpu.get_sregs()?;
+    (sregs.cs, sregs.ds, sregs.es, sregs.ss) = (flat, data, data, data);
+    sregs.cr3 = PML4;
+    sregs.cr4 = 0x20;
+    sregs.efer = 0x500;
+    sregs.cr0 = 0x8000_0011;
+    vcpu.set_sregs(&sregs)?;
+    let mut regs = vcpu.get_regs()?;
+    regs.rip = CODE;
+    regs.rflags = 2;
+    regs.rdi = DATA;
+    regs.rcx = GIB / PAGE;
+    vcpu.set_regs(&regs)?;
+    Ok(())
+}
+
+fn run_until_port(vcpu: &mut VcpuFd) -> Result<()> {
+    match vcpu.run()? {
+        VcpuExit::IoOut(0x10, _) => Ok(()),
+        exit => bail!("the guest left with {exit:?}"),
+    }
+}
+
+fn set_attributes(vm: &VmFd, address: u64, size: u64, private: bool) -> Result<()> {
+    let attributes = u64::from(private) * u64::from(KVM_MEMORY_ATTRIBUTE_PRIVATE);
+    vm.set_memory_attributes(kvm_memory_attributes {
+        address,
+        size,
+        attributes,
+        flags: 0,
+    })
+    .context("KVM_SET_MEMORY_ATTRIBUTES")
+}
+
+fn protected_vm(kvm: &Kvm) -> Result<VmFd> {
+    kvm.create_vm_with_type(KVM_X86_SW_PROTECTED_VM.into())
+        .context("creating a software-protected VM")
+}
+
+/// A gigabyte that the guest has mapped, to private and back.
+fn convert(kvm: &Kvm, memory: &Mapping) -> Result<f64> {
+    median(|| {
+        let vm = protected_vm(kvm)?;
+        set_slot(&vm, 0, DATA, GIB, memory.first)?;
+        let vcpu = vm.create_vcpu(0)?;
+        prefault_all(&vcpu)?;
+        let start = Instant::now();
+        set_attributes(&vm, DATA, GIB, true)?;
+        set_attributes(&vm, DATA, GIB, false)?;
+        Ok(start.elapsed().as_nanos() as f64)
+    })
+}
+
+/// One page among a million ranges.
+fn flip(kvm: &Kvm) -> Result<f64> {
+    let vm = protected_vm(kvm)?;
+    for range in 0..RANGES {
+        set_attributes(&vm, 2 * range * PAGE, PAGE, true)?;
+    }
+    median(|| {
+        let start = Instant::now();
+        for number in 0..FLIPS / 2 {
+            let page = (number * 977) % RANGES * 2 + 1;
+            set_attributes(&vm, page * PAGE, PAGE, true)?;
+            set_attributes(&vm, page * PAGE, PAGE, false)?;
+        }
+        let spent = start.elapsed().as_nanos() as f64;
+        Ok(spent / FLIPS as f64)
+    })
+}
