@@ -4,6 +4,9 @@
 //! the guest, TLB flushes. It describes guest memory with [`Mmu::set_region`], gives the root of
 //! [`Mmu::load_root`] to its virtual processors, hands their faults to [`Mmu::fault`], and
 //! announces changes of its own memory with [`Mmu::host_change`].
+//!
+//! The worked example is `hardware/x86` in this project's repository: a bare-metal hypervisor for
+//! EPT and nested paging (`docs/hardware.md`).
 #![cfg_attr(not(any(loom, shuttle)), no_std)]
 
 extern crate alloc;
