@@ -4,7 +4,7 @@
 use crate::vm::Vm;
 use kvm_bindings::{KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE};
 use rustix::io::Errno;
-use twofold_mmu::{DirtyLogError, DirtyRingError, ManualProtect};
+use twofold_mmu::{DirtyLogError, DirtyRingError, ManualProtect, RegionFlags};
 
 /// What KVM answers for a dirty log that cannot be read or cleared.
 fn errno(error: DirtyLogError) -> Errno {
@@ -30,10 +30,14 @@ impl Vm {
     /// not there or does not log.
     pub fn get_dirty_log(&self, slot: u32) -> Result<Vec<u64>, Errno> {
         let (as_id, id) = parts(slot);
-        let pages = self.slot(slot).map_or(0, |slot| slot.pages);
+        let info = self.slot(slot);
+        let pages = info.map_or(0, |info| info.pages);
         let words = usize::try_from(pages.div_ceil(64)).map_err(|_| Errno::NOMEM)?;
         let mut bitmap = vec![0; words];
-        self.collect_logs();
+        // Nobody is stopped for what will be refused.
+        if info.is_some_and(|info| info.flags.contains(RegionFlags::LOG_DIRTY)) {
+            self.collect_logs();
+        }
         self.tables()
             .dirty_log_get(as_id, id, &mut bitmap)
             .map_err(errno)?;
