@@ -10,7 +10,7 @@ use crate::invariants::Locked;
 use crate::mmu::{Mmu, Writer};
 use crate::region::{ADDRESS_SPACES, USER_SLOTS};
 use crate::slots::{DirtyBitmap, SlotInfo};
-use crate::spte::{self, Writable};
+use crate::spte::{self, AdBits, Writable};
 use crate::sync::atomic::Ordering;
 use alloc::sync::Arc;
 use core::ops::Range;
@@ -294,15 +294,18 @@ fn notice_leaf<F: MmuFormat, S: Storage>(
         return Ok(());
     };
     let new = match spte::writable::<F>(entry) {
-        Some(Writable::Yes) => spte::noticing_writes::<F>(entry, level, pml),
-        // A processor may still write through a translation from before its page aged, which
-        // nobody has flushed.
-        Some(Writable::Logged) if spte::is_access_tracked::<F>(entry) => entry,
+        Some(Writable::Yes) => {
+            let new = spte::noticing_writes::<F>(entry, level, pml);
+            if new == entry {
+                return Ok(());
+            }
+            new
+        }
+        // A processor may still write through a translation from before its page aged: ageing
+        // takes W, and nobody has flushed, even if reading was allowed again since.
+        Some(Writable::Logged) if spte::ad_bits(entry) == AdBits::Off => entry,
         _ => return Ok(()),
     };
-    if new == entry && !spte::is_access_tracked::<F>(entry) {
-        return Ok(());
-    }
     table.shrink(seen, new, debt)
 }
 
