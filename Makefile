@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: help build run test check unit interleavings conformance hardware hardware-arm64 bench bench-instructions fuzz verify-cpu clean
+.PHONY: help build run test check unit interleavings conformance hardware hardware-arm64 bench bench-instructions model fuzz verify-cpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ bench-instructions: ## instructions instead of time: the same figures on a busy 
 		{ echo "bench-instructions: install valgrind and try again" >&2; exit 1; }
 	$(CARGO) build --release --quiet -p twofold-bench
 	target/release/twofold-bench --instructions $(BENCH)
+
+model: ## the MMU beside the reference model, more than a million operations
+	TWOFOLD_MODEL_CASES=8000 $(CARGO) test --release -p twofold-mmu --test model -- --nocapture
 
 fuzz: ## random ioctl sequences, many of them
 	TWOFOLD_FUZZ_CASES=20000 $(CARGO) test --release -p twofold-kvm --test fuzz

@@ -12,7 +12,7 @@
 
 pub mod vm;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -47,6 +47,11 @@ pub struct World {
     /// Pages that are not as usual; usual is present, writable, at a frame that follows from hva.
     pub memory: Mutex<HashMap<u64, HostState>>,
     pub level: Mutex<Level>,
+    /// Regions of 2M (host-virtual addresses shifted by 21) that are not in one piece, whatever
+    /// `level` and `level_if_asked` say.
+    pub broken: Mutex<HashSet<u64>>,
+    /// `populate` fails like this, once.
+    pub refuse: Mutex<Option<PopulateError>>,
     /// What the host says about the size of a mapping only if it is asked.
     pub level_if_asked: Mutex<Level>,
     /// How often it was asked.
@@ -80,6 +85,8 @@ impl World {
             barriers: AtomicU64::new(0),
             memory: Mutex::default(),
             level: Mutex::new(Level::L4K),
+            broken: Mutex::default(),
+            refuse: Mutex::default(),
             level_if_asked: Mutex::new(Level::L4K),
             asked: AtomicU64::new(0),
             no_execute: AtomicBool::new(false),
@@ -102,6 +109,18 @@ impl World {
                 present: true,
                 writable: true,
             })
+    }
+
+    /// The size of the host page at `hva` where pages of `level` are usual.
+    pub fn level_at(&self, hva: u64, level: Level) -> Level {
+        let broken = self.broken.lock().unwrap();
+        if broken.contains(&(hva >> 21)) {
+            Level::L4K
+        } else if level == Level::L1G && broken.iter().any(|large| large >> 9 == hva >> 30) {
+            Level::L2M
+        } else {
+            level
+        }
     }
 
     /// An entry of a table.
@@ -174,6 +193,9 @@ unsafe impl Host for TestHost {
         if let Some(meanwhile) = meanwhile {
             meanwhile();
         }
+        if let Some(error) = self.0.refuse.lock().unwrap().take() {
+            return Err(error);
+        }
         let state = self.0.host_state(hva);
         if !state.present || write && !state.writable {
             return Err(PopulateError::Fault);
@@ -185,14 +207,14 @@ unsafe impl Host for TestHost {
         Ok(HostPage {
             hpa: Hpa::new(state.frame << 12),
             writable: state.writable,
-            level: *self.0.level.lock().unwrap(),
+            level: self.0.level_at(hva, *self.0.level.lock().unwrap()),
         })
     }
 
     fn mapping_level(&self, hva: u64) -> Level {
         assert!(self.0.host_state(hva).present);
         self.0.asked.fetch_add(1, Ordering::Relaxed);
-        *self.0.level_if_asked.lock().unwrap()
+        self.0.level_at(hva, *self.0.level_if_asked.lock().unwrap())
     }
 
     fn flush_tlbs(&self) {
