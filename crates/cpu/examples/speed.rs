@@ -2,14 +2,13 @@
 //!
 //! `cargo run --release -p twofold-cpu --example speed`
 #![allow(unsafe_code)]
-// UNSAFETY: builds a guest's memory.
+// UNSAFETY: reads the thread's clock.
 
-use std::sync::Arc;
-use twofold_arch::ept::Eptp;
-use twofold_arch::{Hpa, Level};
-use twofold_cpu::{
-    Cpu, Exit, Machine, MachineConfig, Registers, SecondStage, Segment, SystemRegisters,
-};
+#[path = "../tests/support/mod.rs"]
+mod support;
+
+use support::{Arena, code64, flat_data};
+use twofold_cpu::{Cpu, Exit, Registers, SystemRegisters};
 
 /// Bytes of guest memory, mapped by two 2 MiB pages in both stages.
 const MEMORY: u64 = 4 << 20;
@@ -93,68 +92,19 @@ fn thread_nanoseconds() -> u64 {
 }
 
 /// A processor at the first byte of `code` in 64-bit mode, and the memory behind it.
-fn prepare(code: &[u8], rounds: u64) -> (Cpu, *mut libc::c_void, usize) {
-    let length = MEMORY as usize * 2;
-    // SAFETY: the kernel chooses the address.
-    let arena = unsafe {
-        libc::mmap(
-            std::ptr::null_mut(),
-            length,
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-            -1,
-            0,
-        )
-    };
-    assert_ne!(arena, libc::MAP_FAILED);
-    let base = (arena as u64).next_multiple_of(2 << 20);
-    let tables = base + MEMORY;
-    let put = |address: u64, value: u64| {
-        // SAFETY: within the arena.
-        unsafe { (address as *mut u64).write(value) }
-    };
-    // Second stage: three levels to 2 MiB pages; host-physical is host-virtual.
-    put(tables, (tables + 0x1000) | 7);
-    put(tables + 0x1000, (tables + 0x2000) | 7);
-    for page in 0..MEMORY >> 21 {
-        put(
-            tables + 0x2000 + page * 8,
-            (base + (page << 21)) | 7 | 6 << 3 | 1 << 7,
-        );
-    }
+fn prepare(code: &[u8], rounds: u64) -> (Cpu, Arena) {
+    let mut arena = Arena::large(MEMORY as usize);
     // The guest's tables at 0x1000.
-    put(base + 0x1000, 0x2003);
-    put(base + 0x2000, 0x3003);
+    arena.write_u64(0x1000, 0x2003);
+    arena.write_u64(0x2000, 0x3003);
     for page in 0..MEMORY >> 21 {
-        put(base + 0x3000 + page * 8, page << 21 | 0x83);
+        arena.write_u64(0x3000 + page as usize * 8, page << 21 | 0x83);
     }
-    // SAFETY: within the arena.
-    unsafe {
-        std::ptr::copy_nonoverlapping(code.as_ptr(), (base + CODE) as *mut u8, code.len());
-    }
-    let machine = Machine::new(MachineConfig::default());
-    let mut cpu = Cpu::new(Arc::clone(&machine), 0);
-    cpu.set_second_stage(SecondStage::Ept(Eptp::new(
-        Hpa::new(tables),
-        Level::L512G,
-        true,
-    )));
-    let data = Segment {
-        selector: 0x10,
-        limit: u32::MAX,
-        kind: 3,
-        code_or_data: true,
-        present: true,
-        granular: true,
-        ..Segment::default()
-    };
+    arena.write(CODE as usize, code);
+    let mut cpu = arena.processor(51);
+    let data = flat_data(0x10, 0);
     cpu.set_system_registers(&SystemRegisters {
-        cs: Segment {
-            selector: 8,
-            kind: 11,
-            long: true,
-            ..data
-        },
+        cs: code64(8, 0),
         ds: data,
         es: data,
         ss: data,
@@ -173,11 +123,11 @@ fn prepare(code: &[u8], rounds: u64) -> (Cpu, *mut libc::c_void, usize) {
     registers.gpr[14] = DATA;
     registers.gpr[15] = rounds;
     cpu.set_registers(&registers);
-    (cpu, arena, length)
+    (cpu, arena)
 }
 
 fn measure(code: &[u8], rounds: u64) -> (u64, f64) {
-    let (mut cpu, arena, length) = prepare(code, rounds);
+    let (mut cpu, arena) = prepare(code, rounds);
     let before = cpu.counters().instructions;
     let start = thread_nanoseconds();
     let exit = cpu.run();
@@ -187,20 +137,18 @@ fn measure(code: &[u8], rounds: u64) -> (u64, f64) {
         "{exit:?} at {:#x}",
         cpu.registers().rip
     );
-    // SAFETY: the processor is dropped with this frame and runs no more.
-    unsafe { libc::munmap(arena, length) };
+    drop(arena);
     (cpu.counters().instructions - before, elapsed as f64)
 }
 
 fn measure_exits(exits: u64) -> (u64, f64) {
     // 1: out 0x80,al; jmp 1b
-    let (mut cpu, arena, length) = prepare(b"\xe6\x80\xeb\xfc", 0);
+    let (mut cpu, arena) = prepare(b"\xe6\x80\xeb\xfc", 0);
     let start = thread_nanoseconds();
     for _ in 0..exits {
         assert!(matches!(cpu.run(), Exit::Io { port: 0x80, .. }));
     }
     let elapsed = thread_nanoseconds() - start;
-    // SAFETY: the processor runs no more.
-    unsafe { libc::munmap(arena, length) };
+    drop(arena);
     (exits, elapsed as f64)
 }

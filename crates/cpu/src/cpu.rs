@@ -360,6 +360,12 @@ impl Cpu {
         self.core.update_features();
     }
 
+    /// The bits of CR4 that the guest may set: what the processor has and its CPUID table, if it has
+    /// one, names.
+    pub fn cr4_allowed(&self) -> u64 {
+        self.core.cr4_allowed
+    }
+
     /// The CPUID table.
     pub fn cpuid(&self) -> &[CpuidEntry] {
         &self.core.cpuid

@@ -50,9 +50,12 @@ pub(crate) fn select(form: &Form) -> Option<Handler> {
             _ => pop_segment::<u64>,
         },
         (M::Arpl, Kind::Mem, _) => |core, op| {
-            let linear = arpl_place(core, op)?;
+            core.require_protected()?;
+            let linear = Segmented::for_read(core, op, 2)?;
             let selector: u16 = core.load(linear)?;
             if let Some(adjusted) = adjust_level(core, op, selector) {
+                // Only what is changed has to be writable.
+                let linear = Segmented::for_write(core, op, 2)?;
                 core.store(linear, adjusted)?;
                 core.flags.set_zf(true);
             }
@@ -320,12 +323,6 @@ fn pop_segment<T: Int>(core: &mut Core, op: &Op) -> Result<(), Trap> {
         return Err(trap);
     }
     Ok(())
-}
-
-/// Where ARPL's operand in memory is.
-fn arpl_place(core: &mut Core, op: &Op) -> Result<u64, Trap> {
-    core.require_protected()?;
-    Segmented::for_write(core, op, 2)
 }
 
 /// The selector with the source's requested level, if that is lower in privilege. ZF is clear if it

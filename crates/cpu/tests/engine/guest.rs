@@ -1,102 +1,40 @@
 //! A guest with one processor and 256 KiB of memory.
-#![allow(unsafe_code)]
-// UNSAFETY: builds a guest's memory.
 
-use std::sync::Arc;
-use twofold_arch::ept::Eptp;
-use twofold_arch::{Hpa, Level};
-use twofold_cpu::{
-    Cpu, Exit, Machine, MachineConfig, Registers, SecondStage, SecondStageFault, Segment,
-    SystemRegisters, TableRegister,
-};
+use crate::support::{Arena, code64, flat_data, task_state};
+use twofold_cpu::{Cpu, Exit, Registers, SecondStageFault, SystemRegisters, TableRegister};
 
 /// Guest-physical memory: 256 KiB from 0.
 const MEMORY: usize = 0x4_0000;
-const TABLES: usize = 0x4000;
-const HPA: u64 = 0x55_0000_0000;
 
 pub(crate) struct Guest {
     pub(crate) cpu: Cpu,
-    arena: *mut u8,
-}
-
-impl Drop for Guest {
-    fn drop(&mut self) {
-        // SAFETY: mapped in `new`; the processor is not running.
-        unsafe { libc::munmap(self.arena.cast(), TABLES + MEMORY) };
-    }
+    arena: Arena,
 }
 
 impl Guest {
     fn new() -> Self {
-        // SAFETY: the kernel chooses the address.
-        let arena = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                TABLES + MEMORY,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-                -1,
-                0,
-            )
-        };
-        assert_ne!(arena, libc::MAP_FAILED);
-        let machine = Machine::new(MachineConfig {
-            hpa_offset: (arena as usize).wrapping_sub(HPA as usize),
-            ..MachineConfig::default()
-        });
-        let mut cpu = Cpu::new(Arc::clone(&machine), 0);
-        let pointer = Eptp::new(Hpa::new(HPA), Level::L512G, true);
-        let mut guest = {
-            cpu.set_second_stage(SecondStage::Ept(pointer));
-            Self {
-                cpu,
-                arena: arena.cast(),
-            }
-        };
-        for level in 0..3u64 {
-            guest.put_table(level as usize * 0x1000, (HPA + (level + 1) * 0x1000) | 7);
+        let arena = Arena::new(MEMORY);
+        Self {
+            cpu: arena.processor(51),
+            arena,
         }
-        for page in 0..MEMORY / 0x1000 {
-            guest.map(page as u64, true);
-        }
-        guest
-    }
-
-    fn put_table(&mut self, offset: usize, value: u64) {
-        // SAFETY: within the arena.
-        unsafe { self.arena.add(offset).cast::<u64>().write(value) }
     }
 
     /// Maps a frame of the guest in the second stage, or takes it away.
     pub(crate) fn map(&mut self, frame: u64, present: bool) {
-        let hpa = HPA + TABLES as u64 + frame * 0x1000;
-        self.put_table(
-            0x3000 + frame as usize * 8,
-            if present { hpa | 7 | 6 << 3 } else { 0 },
-        );
+        self.arena.map(frame, present);
     }
 
     pub(crate) fn write(&mut self, gpa: usize, bytes: &[u8]) {
-        assert!(gpa + bytes.len() <= MEMORY);
-        // SAFETY: within the arena.
-        unsafe {
-            std::ptr::copy_nonoverlapping(
-                bytes.as_ptr(),
-                self.arena.add(TABLES + gpa),
-                bytes.len(),
-            );
-        }
+        self.arena.write(gpa, bytes);
     }
 
     pub(crate) fn write_u64(&mut self, gpa: usize, value: u64) {
-        self.write(gpa, &value.to_le_bytes());
+        self.arena.write_u64(gpa, value);
     }
 
     pub(crate) fn read_u64(&self, gpa: usize) -> u64 {
-        assert!(gpa + 8 <= MEMORY);
-        // SAFETY: within the arena.
-        unsafe { self.arena.add(TABLES + gpa).cast::<u64>().read_unaligned() }
+        self.arena.read_u64(gpa)
     }
 
     /// Real mode with all segments at 0.
@@ -135,34 +73,15 @@ impl Guest {
         guest.write_u64(0x5018, 0x00cf_f300_0000_ffff);
         guest.write_u64(0x5020, 0x00af_fb00_0000_ffff);
         guest.write_u64(0x5804, 0x1_f000);
-        let data = Segment {
-            selector: 0x10,
-            limit: u32::MAX,
-            kind: 3,
-            code_or_data: true,
-            present: true,
-            granular: true,
-            ..Segment::default()
-        };
+        let data = flat_data(0x10, 0);
         guest.cpu.set_system_registers(&SystemRegisters {
-            cs: Segment {
-                selector: 8,
-                kind: 11,
-                long: true,
-                ..data
-            },
+            cs: code64(8, 0),
             ds: data,
             es: data,
             fs: data,
             gs: data,
             ss: data,
-            tr: Segment {
-                base: 0x5800,
-                limit: 0x67,
-                kind: 11,
-                present: true,
-                ..Segment::default()
-            },
+            tr: task_state(0, 0x5800),
             gdt: TableRegister {
                 base: 0x5000,
                 limit: 0x27,

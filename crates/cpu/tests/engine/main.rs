@@ -7,3 +7,5 @@ mod exits;
 mod features;
 mod guest;
 mod modes;
+#[path = "../support/mod.rs"]
+mod support;

@@ -5,26 +5,17 @@
 //! one HLT each; what was pushed on the kernel's stack tells how the instruction ended. The
 //! host-physical addresses in the tables are not the process's own, so that nothing comes to
 //! depend on their being the same.
-#![allow(unsafe_code)]
-// UNSAFETY: builds a guest's memory.
 
 use crate::state::{
     CODE, CODE_BYTES, Case, DATA, DATA_BYTES, GS_BASE, Outcome, Registers, has_error_code,
 };
-use std::sync::Arc;
-use twofold_arch::ept::Eptp;
-use twofold_arch::{Hpa, Level};
+use crate::support::{Arena, code64, flat_data, task_state};
 use twofold_cpu::{
-    Cpu, Exit, FpuState, Machine, MachineConfig, Registers as CpuRegisters, SecondStage,
-    SecondStageKind, Segment, SystemRegisters, TableRegister,
+    Cpu, Exit, FpuState, Registers as CpuRegisters, Segment, SystemRegisters, TableRegister,
 };
 
 /// Bytes of guest-physical memory.
 const MEMORY: usize = 1 << 20;
-/// Bytes before it that hold the second-stage tables.
-const TABLES: usize = 0x4000;
-/// What the tables call the first byte of the arena.
-const ARENA_HPA: u64 = 0x12_3450_0000;
 
 const KERNEL: u64 = 0xffff_8000_0000_0000;
 /// Handlers are one byte each.
@@ -45,7 +36,7 @@ const USER_CODE64: u16 = 0x33;
 /// A guest with one processor.
 pub struct Guest {
     cpu: Cpu,
-    arena: *mut u8,
+    arena: Arena,
     system: SystemRegisters,
     next_table: u64,
 }
@@ -53,85 +44,32 @@ pub struct Guest {
 impl Guest {
     /// Builds memory, tables and a processor.
     pub fn new() -> Self {
-        // SAFETY: the kernel chooses the address.
-        let arena = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                TABLES + MEMORY,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-                -1,
-                0,
-            )
-        };
-        assert_ne!(arena, libc::MAP_FAILED);
-        let machine = Machine::new(MachineConfig {
-            second_stage: SecondStageKind::Ept,
-            maxphyaddr: 46,
-            hpa_offset: (arena as usize).wrapping_sub(ARENA_HPA as usize),
-        });
-        let cpu = Cpu::new(Arc::clone(&machine), 0);
+        let arena = Arena::new(MEMORY);
         let mut guest = Self {
-            cpu,
-            arena: arena.cast(),
+            cpu: arena.processor(46),
+            arena,
             system: SystemRegisters::default(),
             next_table: PAGE_TABLES_GPA,
         };
-        guest.build_second_stage();
         guest.build_kernel();
         guest
-    }
-
-    fn write_u64(&mut self, offset: usize, value: u64) {
-        assert!(offset + 8 <= TABLES + MEMORY);
-        // SAFETY: within the arena.
-        unsafe { self.arena.add(offset).cast::<u64>().write_unaligned(value) }
-    }
-
-    fn read_u64(&self, offset: usize) -> u64 {
-        assert!(offset + 8 <= TABLES + MEMORY);
-        // SAFETY: within the arena.
-        unsafe { self.arena.add(offset).cast::<u64>().read_unaligned() }
-    }
-
-    fn memory(&mut self, gpa: u64, length: usize) -> &mut [u8] {
-        assert!(gpa as usize + length <= MEMORY);
-        // SAFETY: within the arena, and only used through this value.
-        unsafe { std::slice::from_raw_parts_mut(self.arena.add(TABLES + gpa as usize), length) }
-    }
-
-    fn build_second_stage(&mut self) {
-        const RWX: u64 = 7;
-        const WRITE_BACK: u64 = 6 << 3;
-        for level in 0..3 {
-            self.write_u64(
-                level * 0x1000,
-                (ARENA_HPA + (level as u64 + 1) * 0x1000) | RWX,
-            );
-        }
-        for page in 0..MEMORY / 0x1000 {
-            let hpa = ARENA_HPA + (TABLES + page * 0x1000) as u64;
-            self.write_u64(0x3000 + page * 8, hpa | RWX | WRITE_BACK);
-        }
-        let pointer = Eptp::new(Hpa::new(ARENA_HPA), Level::L512G, true);
-        self.cpu.set_second_stage(SecondStage::Ept(pointer));
     }
 
     /// Maps one page of the guest.
     fn map(&mut self, linear: u64, gpa: u64, flags: u64) {
         let mut table = PAGE_TABLES_GPA;
         for level in (1..4).rev() {
-            let place = TABLES + table as usize + (linear >> (12 + 9 * level) & 511) as usize * 8;
-            let mut entry = self.read_u64(place);
+            let place = table as usize + (linear >> (12 + 9 * level) & 511) as usize * 8;
+            let mut entry = self.arena.read_u64(place);
             if entry == 0 {
                 self.next_table += 0x1000;
                 entry = self.next_table | 7;
-                self.write_u64(place, entry);
+                self.arena.write_u64(place, entry);
             }
             table = entry & !0xfff;
         }
-        let place = TABLES + table as usize + (linear >> 12 & 511) as usize * 8;
-        self.write_u64(place, gpa | flags);
+        let place = table as usize + (linear >> 12 & 511) as usize * 8;
+        self.arena.write_u64(place, gpa | flags);
     }
 
     fn build_kernel(&mut self) {
@@ -151,7 +89,7 @@ impl Guest {
             SUPERVISOR | NO_EXECUTE,
         );
 
-        let kernel = TABLES + KERNEL_GPA as usize;
+        let kernel = KERNEL_GPA as usize;
         // The interrupt table: a 64-bit interrupt gate for every exception; user code may use
         // that of INT3.
         for vector in 0..32u64 {
@@ -161,40 +99,25 @@ impl Guest {
                 | u64::from(KERNEL_CODE) << 16
                 | (0x8e00 | dpl << 13) << 32
                 | (handler >> 16 & 0xffff) << 48;
-            self.write_u64(kernel + vector as usize * 16, low);
-            self.write_u64(kernel + vector as usize * 16 + 8, handler >> 32);
+            self.arena.write_u64(kernel + vector as usize * 16, low);
+            self.arena
+                .write_u64(kernel + vector as usize * 16 + 8, handler >> 32);
         }
-        self.memory(KERNEL_GPA + 0x800, 32).fill(0xf4);
+        self.arena.memory(KERNEL_GPA + 0x800, 32).fill(0xf4);
         let gdt = kernel + 0x300;
-        self.write_u64(gdt + 0x10, 0x00af_9b00_0000_ffff);
-        self.write_u64(gdt + 0x18, 0x00cf_9300_0000_ffff);
-        self.write_u64(gdt + 0x20, 0x00cf_fb00_0000_ffff);
-        self.write_u64(gdt + 0x28, 0x00cf_f300_0000_ffff);
-        self.write_u64(gdt + 0x30, 0x00af_fb00_0000_ffff);
+        self.arena.write_u64(gdt + 0x10, 0x00af_9b00_0000_ffff);
+        self.arena.write_u64(gdt + 0x18, 0x00cf_9300_0000_ffff);
+        self.arena.write_u64(gdt + 0x20, 0x00cf_fb00_0000_ffff);
+        self.arena.write_u64(gdt + 0x28, 0x00cf_f300_0000_ffff);
+        self.arena.write_u64(gdt + 0x30, 0x00af_fb00_0000_ffff);
         let tss = kernel + 0x400;
-        self.write_u64(tss + 4, KERNEL_STACK);
+        self.arena.write_u64(tss + 4, KERNEL_STACK);
         // No I/O permission bitmap: it would begin behind the end of the segment.
-        self.write_u64(tss + 0x60, 0x68 << 48);
+        self.arena.write_u64(tss + 0x60, 0x68 << 48);
 
-        let data = Segment {
-            selector: USER_DATA,
-            limit: u32::MAX,
-            kind: 3,
-            dpl: 3,
-            code_or_data: true,
-            present: true,
-            big: true,
-            granular: true,
-            ..Segment::default()
-        };
+        let data = flat_data(USER_DATA, 3);
         self.system = SystemRegisters {
-            cs: Segment {
-                selector: USER_CODE64,
-                kind: 11,
-                long: true,
-                big: false,
-                ..data
-            },
+            cs: code64(USER_CODE64, 3),
             ds: data,
             es: data,
             ss: data,
@@ -207,14 +130,7 @@ impl Guest {
                 base: GS_BASE,
                 ..data
             },
-            tr: Segment {
-                selector: 0x40,
-                base: TSS,
-                limit: 0x67,
-                kind: 11,
-                present: true,
-                ..Segment::default()
-            },
+            tr: task_state(0x40, TSS),
             ldt: Segment {
                 unusable: true,
                 ..Segment::default()
@@ -241,12 +157,12 @@ impl Guest {
 
     /// The data pages.
     pub fn data(&mut self) -> &mut [u8] {
-        self.memory(DATA_GPA, DATA_BYTES)
+        self.arena.memory(DATA_GPA, DATA_BYTES)
     }
 
     /// The code pages.
     pub fn code(&mut self) -> &mut [u8] {
-        self.memory(CODE_GPA, CODE_BYTES)
+        self.arena.memory(CODE_GPA, CODE_BYTES)
     }
 
     /// Executes the instruction at the case's RIP, whose bytes are in place.
@@ -294,15 +210,15 @@ impl Guest {
             return Err(format!("halted at {:#x}", after.rip));
         }
         let vector = vector as u8;
-        let top = TABLES + (KERNEL_GPA + KERNEL_STACK - KERNEL) as usize;
+        let top = (KERNEL_GPA + KERNEL_STACK - KERNEL) as usize;
         let mut gpr = after.gpr;
-        gpr[crate::state::RSP] = self.read_u64(top - 16);
-        let error = has_error_code(vector).then(|| self.read_u64(top - 48) as u32);
+        gpr[crate::state::RSP] = self.arena.read_u64(top - 16);
+        let error = has_error_code(vector).then(|| self.arena.read_u64(top - 48) as u32);
         Ok(Outcome {
             registers: Registers {
                 gpr,
-                rip: self.read_u64(top - 40),
-                rflags: self.read_u64(top - 24),
+                rip: self.arena.read_u64(top - 40),
+                rflags: self.arena.read_u64(top - 24),
                 xmm: fpu.xmm,
                 mxcsr: fpu.mxcsr,
                 st: fpu.st,
@@ -318,12 +234,5 @@ impl Guest {
                 0
             },
         })
-    }
-}
-
-impl Drop for Guest {
-    fn drop(&mut self) {
-        // SAFETY: nothing uses the arena any more: the processor is not running.
-        unsafe { libc::munmap(self.arena.cast(), TABLES + MEMORY) };
     }
 }

@@ -15,6 +15,8 @@ mod native;
 mod rng;
 mod sequences;
 mod state;
+#[path = "../support/mod.rs"]
+mod support;
 mod verdict;
 
 use forms::Generator;
