@@ -431,8 +431,8 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         }
     }
 
-    /// A fetch while huge leaves are not executable is mapped with 4K. Returns the largest level at which
-    /// the entries of new tables are marked, since a leaf could have been there.
+    /// A fetch while huge leaves are not executable is mapped with 4K. Returns the largest level at
+    /// which the entries of new tables are marked, since a leaf could have been there.
     fn nx_mark(&self, fault: Fault, page: &mut HostPage) -> Level {
         if page.level == Level::L4K || !fault.error.is_fetch() || !self.nx_huge_pages() {
             return Level::L4K;
@@ -594,7 +594,8 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     }
 
     /// A larger leaf is there than the one that is wanted: the slot logs, the page is fetched while
-    /// huge leaves are not executable, or the host has smaller pages now. What was mapped stays mapped.
+    /// huge leaves are not executable, or the host has smaller pages now. What was mapped stays
+    /// mapped.
     #[cold]
     #[inline(never)]
     fn split_for_fault(

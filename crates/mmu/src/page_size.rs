@@ -14,8 +14,9 @@ const HUGE: [Level; 2] = [Level::L1G, Level::L2M];
 
 impl<F: MmuFormat, H: Host> Mmu<F, H> {
     /// Whether a leaf at `level` around `gfn`, a frame of `slot`, may exist at all: the slot holds
-    /// all of it, guest and host addresses are congruent, and it does not mix shared and private memory. Whatever forbids huge leaves
-    /// for longer than one fault is asked here and nowhere else.
+    /// all of it, guest and host addresses are congruent, and it does not mix shared and private
+    /// memory. Whatever forbids huge leaves for longer than one fault is asked here and nowhere
+    /// else.
     pub(crate) fn may_be_huge(&self, slot: &SlotInfo, gfn: Gfn, level: Level) -> bool {
         let frames = level.frames();
         let first = gfn.align_down(frames);
@@ -51,10 +52,10 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     }
 }
 
-/// The leaf `entry`, above the last level, as a leaf one level smaller (at `level`) of the first part of its page; the
-/// others differ in the address alone. Permissions, A, D and the software's bits are inherited;
-/// only the execute permission that a 4K leaf may have and a larger one may not is given back
-/// with `executable`.
+/// The leaf `entry`, above the last level, as a leaf one level smaller (at `level`) of the first
+/// part of its page; the others differ in the address alone. Permissions, A, D and the software's
+/// bits are inherited; only the execute permission that a 4K leaf may have and a larger one may not
+/// is given back with `executable`.
 pub(crate) fn smaller_leaf<F: MmuFormat>(entry: u64, level: Level, executable: bool) -> u64 {
     if level != Level::L4K {
         return entry;

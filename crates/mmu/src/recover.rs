@@ -12,6 +12,7 @@ use crate::page_size::larger_leaf;
 use crate::region::RegionFlags;
 use crate::root::RootState;
 use crate::slots::SlotInfo;
+use crate::spte::PRIVATE;
 use crate::sync::atomic::Ordering;
 use crate::tables::Pages;
 use alloc::vec::Vec;
@@ -23,8 +24,8 @@ use twofold_table::{Cursor, Debt, Entry, Height, Seen, Table};
 const BATCH: usize = 32;
 
 impl<F: MmuFormat, H: Host> Mmu<F, H> {
-    /// Maps the slot with huge leaves again where the host has huge pages. For a slot that does not log;
-    /// KVM does so when logging ends, and so does [`set_region`](Self::set_region).
+    /// Maps the slot with huge leaves again where the host has huge pages. For a slot that does not
+    /// log; KVM does so when logging ends, and so does [`set_region`](Self::set_region).
     pub fn recover_huge_pages(&self, as_id: u16, slot: u16) {
         let _slots = self.lock_slots();
         if let Some(info) = self.slot(as_id, slot) {
@@ -135,7 +136,8 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     ) -> Option<u64> {
         let model = first_leaf::<F, H>(*table, seen.place().gpa(), level)?;
         let place = model.place();
-        if place.height() >= Height::from(level) {
+        // What the host says of a slot's ordinary memory is nothing to its private half.
+        if place.height() >= Height::from(level) || model.value() & PRIVATE != 0 {
             return None;
         }
         larger_leaf::<F>(

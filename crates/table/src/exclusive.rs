@@ -22,8 +22,8 @@ pub struct Exclusive<'s, F, S> {
 trait Visit<S> {
     /// A part of a table that holds leaves only: `range` of `page`.
     fn leaves(&mut self, storage: &S, page: TablePage, range: Range<usize>);
-    /// An entry above the smallest leaves, with the value that it has. `covered` if the range covers it.
-    /// Returns whether to visit the table below it.
+    /// An entry above the smallest leaves, with the value that it has. `covered` if the range covers
+    /// it. Returns whether to visit the table below it.
     fn entry(&mut self, storage: &S, at: At, height: Height, value: u64, covered: bool) -> bool;
 }
 

@@ -15,8 +15,8 @@ impl<F: Format, S: Storage> Table<'_, F, S> {
     /// table. The table is complete before one exchange makes it visible.
     ///
     /// Each child maps its part of the leaf's page and allows whatever the leaf allowed, so that
-    /// nothing is owed: a translation of the old leaf is as good as the new ones. A caller that wants to take
-    /// permissions away does so afterwards.
+    /// nothing is owed: a translation of the old leaf is as good as the new ones. A caller that
+    /// wants to take permissions away does so afterwards.
     ///
     /// Where the format demands break-before-make, the entry is locked meanwhile and `flush` is
     /// called in between; elsewhere it is not called.
