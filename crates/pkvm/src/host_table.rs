@@ -149,13 +149,45 @@ const DEVICE: u64 = Stage2Flags::READ
     | MemoryType::Device.bits()
     | Execute::None.bits();
 
+/// Tables below an entry at `height` that the pages from `first` to `last`, all of which the entry
+/// covers, need to have entries of their own.
+fn tables_between(first: u64, last: u64, height: Height) -> u64 {
+    (2..=height.get())
+        .map(|number| {
+            let shift = Stage2K4::shift(Height::new(number)) - 12;
+            (last >> shift) - (first >> shift) + 1
+        })
+        .sum()
+}
+
+/// Pages of a pool that suffice for the host's table with an entry for every page of memory: with
+/// them, and after the device mappings are given up, no change can fail for want of a table.
+fn pages_for_memory(pages: &PageMap<'_>, geometry: Geometry) -> u64 {
+    let root = Stage2K4::height(geometry.start_level);
+    let tables: u64 = pages
+        .regions()
+        .iter()
+        .map(|region| {
+            let first = region.start.get();
+            tables_between(first, first + (region.pages - 1), root)
+        })
+        .sum();
+    // One path beside it, for the device that is being touched.
+    tables
+        + u64::from(geometry.tables_per_page())
+        + u64::from(geometry.root_pages.next_power_of_two())
+}
+
 impl Host {
-    /// An empty table for `geometry` from `pool`; `None` if the pool has no room for the root.
+    /// An empty table for `geometry` from `pool`; `None` if the pool is too small for all memory.
     pub(crate) fn new<P: Platform>(
         env: &Env<'_, '_, P>,
         geometry: Geometry,
         mut pool: Pool,
     ) -> Option<Self> {
+        if pool.free_pages() < pages_for_memory(env.pages, geometry) {
+            return None;
+        }
         let order = geometry.root_pages.next_power_of_two().ilog2() as usize;
         let page = pool.allocate(env.reach(), order)?;
         // SAFETY: as in `PoolSource`; the root is never given back.
@@ -200,11 +232,22 @@ impl Host {
         Owner::of_entry(self.look(env, page)?.value())
     }
 
-    /// Pages for tables that changing `pages` one by one may take: a table of each height for every
-    /// part that such a table covers.
-    fn tables_for(&self, pages: Pages) -> u64 {
-        let heights = u64::from(self.root.height.get()) - 1;
-        heights * (pages.count / Stage2K4::ENTRIES as u64 + 2)
+    /// Pages for the tables that are missing between the host's table and an entry for each page.
+    fn missing_tables<P: Platform>(&self, env: &Env<'_, '_, P>, pages: Pages) -> u64 {
+        let end = pages.start.get() + pages.count;
+        let mut position = pages.start.get();
+        let mut missing = 0;
+        while position < end {
+            let Some(seen) = self.look(env, Hfn::new(position)) else {
+                break;
+            };
+            let height = seen.place().height();
+            let covered = Stage2K4::bytes(height) >> 12;
+            let last = (position | (covered - 1)).min(end - 1);
+            missing += tables_between(position, last, height);
+            position = last + 1;
+        }
+        missing
     }
 
     /// Makes sure that the tables for changing `pages` are there, so that the change cannot fail.
@@ -216,7 +259,7 @@ impl Host {
         env: &Env<'_, '_, P>,
         pages: Pages,
     ) -> Result<(), Error> {
-        let needed = self.tables_for(pages);
+        let needed = self.missing_tables(env, pages);
         if self.pool.free_pages() < needed {
             self.recycle(env);
         }

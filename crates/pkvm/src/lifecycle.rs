@@ -333,9 +333,11 @@ impl<P: Platform> Hypervisor<'_, P> {
         let record = HostVm::at(found.host_vm)?;
         let (own, tables) = (record.teardown()?, record.table_teardown()?);
         let area = found.area;
-        *vms.slot(handle) = Slot::Free;
+        let host_vm = found.host_vm;
+        *vms.slot(handle) = Slot::Claimed { host_vm };
         drop(vms);
-        // Nobody finds it any more, and nobody has it loaded: it is ours alone.
+        // Nobody finds it any more, and nobody has it loaded: it is ours alone. The slot stays
+        // claimed, since a new VM in it would have the same VMID before the TLBs have forgotten it.
         let placeholder = Guest::new(area, found.guest.lock().geometry(), handle.vmid());
         let guest = core::mem::replace(&mut *found.guest.lock(), placeholder);
         guest.dissolve(&self.storage, |page| self.hand_over(tables, page));
@@ -358,7 +360,9 @@ impl<P: Platform> Hypervisor<'_, P> {
         // SAFETY: nobody can find it, and every vCPU is gone.
         unsafe { vm.remove() };
         self.hand_over(own, area);
-        self.unpin(record.page())
+        let result = self.unpin(record.page());
+        *self.vms.lock().slot(handle) = Slot::Free;
+        result
     }
 
     /// Gives a page of the hypervisor's to the host, in one of the host's stacks. The record that

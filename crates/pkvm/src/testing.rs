@@ -44,6 +44,7 @@ pub(crate) struct Ram {
     regions: [Region; 1],
     records: Vec<PageRecord>,
     own: u64,
+    pa_bits: u32,
 }
 
 // SAFETY: the memory is reached through atomics, or by the one who owns a page.
@@ -78,7 +79,14 @@ impl Ram {
             }],
             records: (0..pages).map(|_| PageRecord::new()).collect(),
             own,
+            pa_bits: PA_BITS,
         }
+    }
+
+    /// The same with other physical addresses.
+    pub(crate) fn with_address_bits(mut self, pa_bits: u32) -> Self {
+        self.pa_bits = pa_bits;
+        self
     }
 
     pub(crate) fn boot(&self) -> Hypervisor<'_, Machine<'_>> {
@@ -95,9 +103,9 @@ impl Ram {
             wiped: AtomicU64::new(0),
         };
         let config = Config {
-            pages: PageMap::new(&self.regions, &self.records, PA_BITS).unwrap(),
+            pages: PageMap::new(&self.regions, &self.records, self.pa_bits).unwrap(),
             caps: Stage2Caps {
-                pa_bits: PA_BITS,
+                pa_bits: self.pa_bits,
                 vmid16: false,
                 hardware_access_flag: false,
                 hardware_dirty: false,
@@ -236,7 +244,7 @@ impl Machine<'_> {
             let value = self
                 .word(entry.frame(), entry.page_offset() as usize / 8)
                 .load(SeqCst);
-            match decode(value, level, layout, PA_BITS) {
+            match decode(value, level, layout, self.ram.pa_bits) {
                 Stage2Entry::Table { hpa } => {
                     table = hpa.get();
                     level += 1;

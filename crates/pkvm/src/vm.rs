@@ -1,12 +1,12 @@
 //! VMs and vCPUs, and the table that finds them.
 //!
 //! ```text
-//!            reserve          init_vm                    init_vm done
-//!     free ───────────> reserved ────> being built ───────────────────> ready
-//!      ^ ^  unreserve      │ ^             │ failed                       │ start_teardown
-//!      │ └─────────────────┘ └─────────────┘                              v
-//!      └────────────────────────────────────────────────────────────── dying
-//!                                 finalize_teardown
+//!            reserve          init_vm               complete
+//!     free ───────────> reserved ────────> claimed ──────────> ready
+//!      ^ ^  unreserve      │ ^  failed        │                  │ start_teardown
+//!      │ └─────────────────┘ └────────────────┘                  v
+//!      └───────────────────── claimed <──────────────────────── dying
+//!         everything is back            finalize_teardown
 //! ```
 
 // UNSAFETY: the table hands out references to objects that live until their slot is emptied.
@@ -210,8 +210,8 @@ pub(crate) enum Slot {
     Free,
     /// The host with this VM may build a VM here.
     Reserved { host_vm: Hpa },
-    /// It is doing so.
-    Building { host_vm: Hpa },
+    /// A VM is being built here, or taken apart: it cannot be found, and nobody else gets the slot.
+    Claimed { host_vm: Hpa },
     Ready {
         vm: Placed<Vm>,
         /// Loaded vCPUs.
@@ -245,7 +245,7 @@ impl VmTable {
                     free = free.or(Some(index));
                     continue;
                 }
-                Slot::Reserved { host_vm } | Slot::Building { host_vm } => *host_vm,
+                Slot::Reserved { host_vm } | Slot::Claimed { host_vm } => *host_vm,
                 // SAFETY: the slot is under the lock, so the VM stays.
                 Slot::Ready { vm, .. } => unsafe { vm.get() }.host_vm,
             };
@@ -280,19 +280,19 @@ impl VmTable {
     pub(crate) fn claim(&mut self, handle: Handle, host_vm: Hpa) -> Result<(), Error> {
         match self.slots[handle.index()] {
             Slot::Reserved { host_vm: reserved } if reserved == host_vm => {
-                self.slots[handle.index()] = Slot::Building { host_vm };
+                self.slots[handle.index()] = Slot::Claimed { host_vm };
                 Ok(())
             }
-            Slot::Building { host_vm: other } if other == host_vm => Err(Error::Exists),
+            Slot::Claimed { host_vm: other } if other == host_vm => Err(Error::Exists),
             // SAFETY: the slot is under the lock, so the VM stays.
             Slot::Ready { vm, .. } if unsafe { vm.get() }.host_vm == host_vm => Err(Error::Exists),
             _ => Err(Error::Invalid),
         }
     }
 
-    /// The building has failed: the slot is reserved as before.
+    /// The VM could not be built: the slot is reserved as before.
     pub(crate) fn unclaim(&mut self, handle: Handle) {
-        if let Slot::Building { host_vm } = self.slots[handle.index()] {
+        if let Slot::Claimed { host_vm } = self.slots[handle.index()] {
             self.slots[handle.index()] = Slot::Reserved { host_vm };
         }
     }

@@ -42,25 +42,74 @@ fn memory_is_mapped_in_blocks_where_nothing_stands_in_the_way() {
 
 #[test]
 fn when_devices_have_used_the_pool_up_they_are_unmapped_and_memory_still_works() {
-    // A pool so small that device tables fill it.
-    let ram = Ram::new(2048, 16);
+    // Each 512 GiB of devices needs a table; the pool has room for a few.
+    let ram = Ram::new(2048, 16).with_address_bits(48);
     let hyp = ram.boot();
-    // Beside memory devices cannot have large blocks: each 2 MiB below the next 1 GiB needs only
-    // the table that exists, but the pages around the end of memory need more.
-    let mut donated = 0;
-    for number in 0..3 {
-        hyp.host_donate_hyp(Pages::one(Ram::page(512 + number * 512 % 1536)))
-            .unwrap();
-        donated += 1;
-        for gib in 0..64 {
-            let address = gib * GIB + 0x20_0000;
-            if address >> 30 != 1 {
-                assert_ne!(hyp.host_fault(Hpa::new(address)), HostFault::Denied);
-            }
-        }
+    let devices = (1..100).map(|number| Hpa::new(number * 512 * GIB));
+    for device in devices.clone() {
+        assert_eq!(hyp.host_fault(device), HostFault::Mapped { bytes: GIB });
     }
-    assert_eq!(donated, 3);
+    let (_, recycled) = hyp.host_pool();
+    assert!(recycled > 3, "{recycled}");
+    // Memory is reached, given away and taken back, whatever devices have left of the pool.
+    for number in [100, 600, 1100, 1600] {
+        for device in devices.clone().take(20) {
+            assert_ne!(hyp.host_fault(device), HostFault::Denied);
+        }
+        let page = Ram::page(number);
+        assert!(hyp.host_reaches(page));
+        hyp.host_donate_hyp(Pages::one(page)).unwrap();
+        assert!(!hyp.host_reaches(page));
+        assert!(hyp.host_reaches(Ram::page(number + 1)));
+    }
+    // Devices are mapped anew.
+    let device = Hpa::new(512 * GIB);
+    let again = hyp.host_fault(device);
+    assert!(matches!(
+        again,
+        HostFault::Mapped { .. } | HostFault::Spurious
+    ));
     hyp.audit().unwrap();
+}
+
+#[test]
+#[should_panic(expected = "NoMemory")]
+fn a_pool_that_is_too_small_for_all_memory_is_refused_at_the_start() {
+    // 16 MiB of memory need eight tables of pages, two above them, the root, and a path of three.
+    let _ = Ram::new(4096, 12).with_address_bits(48).boot();
+}
+
+#[test]
+fn a_pool_that_is_just_large_enough_serves_every_page() {
+    let ram = Ram::new(4096, 14).with_address_bits(48);
+    let hyp = ram.boot();
+    for number in (14..4096).step_by(61) {
+        for device in 1..8 {
+            assert_ne!(
+                hyp.host_fault(Hpa::new(device * 512 * GIB)),
+                HostFault::Denied
+            );
+        }
+        hyp.host_donate_hyp(Pages::one(Ram::page(number))).unwrap();
+    }
+    assert!(hyp.host_pool().1 > 0);
+    for number in (14..4096).step_by(61) {
+        hyp.hyp_donate_host(Pages::one(Ram::page(number))).unwrap();
+    }
+    hyp.audit().unwrap();
+}
+
+#[test]
+fn a_page_that_the_hypervisor_gives_back_tells_nothing() {
+    let ram = Ram::new(256, 64);
+    let hyp = ram.boot();
+    let page = Ram::page(100);
+    hyp.host_donate_hyp(Pages::one(page)).unwrap();
+    hyp.platform()
+        .word(page, 17)
+        .store(0x5ec2e7, std::sync::atomic::Ordering::SeqCst);
+    hyp.hyp_donate_host(Pages::one(page)).unwrap();
+    assert!(hyp.host_reaches(page) && hyp.platform().is_zero(page));
 }
 
 proptest! {

@@ -73,3 +73,22 @@ ordinary_guest:
     b .
 .global ordinary_guest_end
 ordinary_guest_end:
+
+// A protected guest that reads its secret at 0x90000 for ever and counts that at 0xa0000, which it
+// shows the host.
+.balign 8
+.global spinning_guest
+spinning_guest:
+    movz x9, #0x9, lsl #16
+    movz x11, #0xa, lsl #16
+    mov x1, x11
+    mov x2, #0
+    mov x3, #0
+    call 0xc6000003
+1:  ldr x10, [x9]
+    ldr x12, [x11]
+    add x12, x12, #1
+    str x12, [x11]
+    b 1b
+.global spinning_guest_end
+spinning_guest_end:

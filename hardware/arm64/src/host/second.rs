@@ -15,7 +15,8 @@ const READ: u64 = 2;
 const LOAD: u64 = 3;
 const PUT: u64 = 4;
 const CHURN: u64 = 5;
-const DONE: u64 = 6;
+const RUN: u64 = 6;
+const DONE: u64 = 7;
 
 /// What the second processor does for ever.
 pub(crate) fn work() -> ! {
@@ -31,6 +32,7 @@ pub(crate) fn work() -> ! {
             READ => u64::from(probe::read(argument).is_some()),
             LOAD => encode(call(Call::VcpuLoad, &[argument, 0])),
             PUT => encode(call(Call::VcpuPut, &[])),
+            RUN => encode(run(argument)),
             _ => churn(argument),
         };
         ANSWER.store(answer, SeqCst);
@@ -46,6 +48,14 @@ fn encode(result: Result<u64, twofold_pkvm::Error>) -> u64 {
         Ok(value) => value,
         Err(error) => error.code() as u64,
     }
+}
+
+/// Runs vCPU 0 of a VM once.
+fn run(handle: u64) -> Result<u64, twofold_pkvm::Error> {
+    call(Call::VcpuLoad, &[handle, 0])?;
+    let reason = call(Call::VcpuRun, &[]);
+    call(Call::VcpuPut, &[])?;
+    reason
 }
 
 /// Lends a page and takes it back, many times; how often both were answered as they should.
@@ -100,4 +110,11 @@ pub(crate) fn churns(page: u64, body: impl FnOnce()) -> u64 {
     begin(CHURN, page);
     body();
     end()
+}
+
+/// The second processor runs vCPU 0 of a VM; what `body` does happens meanwhile. Why it stopped.
+pub(crate) fn runs(handle: u64, body: impl FnOnce()) -> i64 {
+    begin(RUN, handle);
+    body();
+    end() as i64
 }

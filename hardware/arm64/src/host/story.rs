@@ -19,6 +19,8 @@ unsafe extern "C" {
     static protected_guest_end: u8;
     static ordinary_guest: u8;
     static ordinary_guest_end: u8;
+    static spinning_guest: u8;
+    static spinning_guest_end: u8;
 }
 
 const PAGE: u64 = 4096;
@@ -27,6 +29,8 @@ const FREE: u64 = 0x4500_0000;
 /// Blocks of memory that are touched only to measure the first touch.
 const UNTOUCHED: u64 = 0x4680_0000;
 const BLOCK: u64 = 2 << 20;
+/// How often to look for what must come.
+const PATIENCE: u64 = 5_000_000;
 /// Where guests begin.
 const ENTRY: u64 = 0x8_0000;
 
@@ -123,6 +127,7 @@ extern "C" fn rust_main(processor: u64, hypervisor: u64) -> ! {
     ordinary(&mut pages);
     if two {
         two_processors(&mut pages);
+        while_it_runs(&mut pages);
     }
     figures(&mut pages);
     nonsense(&mut pages);
@@ -508,6 +513,40 @@ fn two_processors(pages: &mut Pages) {
     );
     assert_eq!(second::puts(), 0);
     vm.end(&[]);
+}
+
+/// A guest that runs on the other processor loses a page.
+fn while_it_runs(pages: &mut Pages) {
+    let vm = Vm::new(pages, true, 8);
+    let (text, secret, shown) = (pages.take(), pages.take(), pages.take());
+    // SAFETY: symbols of the guest's code; only their addresses are used.
+    unsafe { code(text, &spinning_guest, &spinning_guest_end) };
+    set(shown, 0);
+    assert_eq!(call(Call::VcpuLoad, &[vm.handle, 0]), Ok(0));
+    for (page, gfn) in [(text, ENTRY / PAGE), (secret, 0x90), (shown, 0xa0)] {
+        assert_eq!(call(Call::DonateGuest, &[page / PAGE, gfn]), Ok(0));
+    }
+    assert_eq!(call(Call::VcpuPut, &[]), Ok(0));
+    let reason = second::runs(vm.handle, || {
+        // Nothing can be read there until the guest has shared it.
+        let counts = (0..PATIENCE).any(|_| probe::read(shown).unwrap_or(0) >= 1000);
+        assert!(counts, "the guest does not run");
+        assert_eq!(call(Call::ForceReclaimGuestPage, &[secret / PAGE]), Ok(0));
+        let after = get(shown);
+        for _ in 0..100_000 {
+            core::hint::spin_loop();
+        }
+        // It may have been between the read and the count.
+        assert!(
+            get(shown) <= after + 1,
+            "the guest still reads the page that was taken from it"
+        );
+    });
+    check!(
+        reason == Reason::Abort as i64 && vm.word(HostVcpu::ADDRESS) == 0x9_0000,
+        "a guest that was running on the other processor stopped at the page that was taken"
+    );
+    vm.end(&[ENTRY / PAGE, 0xa0]);
 }
 
 /// Numbers that mean nothing.
