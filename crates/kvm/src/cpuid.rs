@@ -6,76 +6,76 @@
 
 use crate::second_stage::Kind;
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+use twofold_cpu::CpuidEntry;
 
 /// Entries that one vCPU's table may have (`KVM_MAX_CPUID_ENTRIES`).
 pub const MAX_ENTRIES: usize = 256;
 /// Bits of a guest-physical address: what four levels of second-stage table translate.
 pub const GUEST_ADDRESS_BITS: u32 = 48;
 
-const fn bits(numbers: &[u32]) -> u32 {
-    let mut value = 0;
-    let mut index = 0;
-    while index < numbers.len() {
-        value |= 1 << numbers[index];
-        index += 1;
-    }
-    value
+/// What KVM adds to the processor's own table.
+mod added {
+    /// Leaf 1, EDX: the FPU, whose state there is, and memory type range registers.
+    pub(super) const LEAF_1_EDX: u32 = 1 << 0 | 1 << 12;
+    /// Leaf 1, ECX: x2APIC, which an in-kernel local APIC has, and the bit that says "a virtual
+    /// machine".
+    pub(super) const LEAF_1_ECX: u32 = 1 << 21 | 1 << 31;
+    /// What AMD repeats of leaf 1's EDX in 0x80000001: all of it but SEP, SSE and SSE2.
+    pub(super) const AMD_REPEATED: u32 = !(1 << 11 | 1 << 19 | 1 << 25 | 1 << 26);
 }
 
-/// FPU, DE, PSE, TSC, MSR, PAE, CX8, SEP, MTRR, PGE, CMOV, PAT, PSE36, CLFSH, FXSR, SSE, SSE2.
-const LEAF_1_EDX: u32 = bits(&[0, 2, 3, 4, 5, 6, 8, 11, 12, 13, 15, 16, 17, 19, 24, 25, 26]);
-/// SSE3, SSSE3, CX16, SSE4.1, SSE4.2, x2APIC (which an in-kernel local APIC has), MOVBE, POPCNT, and
-/// the bit that says "a virtual machine".
-const LEAF_1_ECX: u32 = bits(&[0, 9, 13, 19, 20, 21, 22, 23, 31]);
-/// FSGSBASE, TSC_ADJUST, SMEP, ERMS, SMAP.
-const LEAF_7_EBX: u32 = bits(&[0, 1, 7, 9, 20]);
-/// LAHF in 64-bit mode, PREFETCHW.
-const LEAF_8000_0001_ECX: u32 = bits(&[0, 8]);
-/// SYSCALL, NX, 1 GiB pages, RDTSCP, long mode.
-const LEAF_8000_0001_EDX: u32 = bits(&[11, 20, 26, 27, 29]);
-/// What AMD repeats of leaf 1's EDX: all of it but SEP, SSE and SSE2.
-const AMD_REPEATED: u32 = LEAF_1_EDX & !bits(&[11, 19, 25, 26]);
-/// The time stamp counter runs at one speed in every power state.
-const INVARIANT_TSC: u32 = 1 << 8;
+/// Leaf 7, ECX: protection keys. The processor has them, but PKRU is not in what `KVM_GET_XSAVE`
+/// shows, so that a program could not move such a guest.
+const PROTECTION_KEYS: u32 = 1 << 3;
+/// The largest basic leaf: topology.
+const LARGEST_LEAF: u32 = 0xb;
 
-/// What `KVM_GET_SUPPORTED_CPUID` answers.
+/// What `KVM_GET_SUPPORTED_CPUID` answers: the processor's own table, with what belongs to the rest
+/// of a machine.
 pub fn supported(kind: Kind) -> Vec<kvm_cpuid_entry2> {
-    let (vendor, signature) = match kind {
-        Kind::Ept => (*b"GenuineIntel", 0x0002_06a7),
-        Kind::Npt => (*b"AuthenticAMD", 0x0080_0f12),
-    };
-    let [b, d, c] = words(vendor);
-    let mut table = vec![
-        entry(0, 0xb, b, c, d),
-        // EBX: CLFLUSH lines of 8 quadwords.
-        entry(1, signature, 8 << 8, LEAF_1_ECX, LEAF_1_EDX),
-        indexed(4, 0, 0, 0, 0, 0),
-        indexed(7, 0, 0, LEAF_7_EBX, 0, 0),
-        indexed(0xb, 0, 0, 0, 0, 0),
-    ];
+    let processor = kind.machine_config().second_stage;
+    let mut table: Vec<_> = twofold_cpu::cpuid::supported(processor, GUEST_ADDRESS_BITS as u8)
+        .iter()
+        .map(from_processor)
+        .collect();
+    let vendor = find(&table, 0, 0).copied().unwrap_or_default();
+    let common = find(&table, 1, 0).map_or(0, |leaf| leaf.edx) | added::LEAF_1_EDX;
+    for leaf in &mut table {
+        match leaf.function {
+            0 => leaf.eax = LARGEST_LEAF,
+            1 => {
+                leaf.ecx |= added::LEAF_1_ECX;
+                leaf.edx = common;
+            }
+            7 => leaf.ecx &= !PROTECTION_KEYS,
+            0x8000_0000 if kind == Kind::Npt => {
+                (leaf.ebx, leaf.ecx, leaf.edx) = (vendor.ebx, vendor.ecx, vendor.edx);
+            }
+            0x8000_0001 if kind == Kind::Npt => leaf.edx |= common & added::AMD_REPEATED,
+            _ => {}
+        }
+    }
+    table.push(indexed(4, 0, 0, 0, 0, 0));
+    table.push(indexed(LARGEST_LEAF, 0, 0, 0, 0, 0));
     let [kvm_b, kvm_c, kvm_d] = words(*b"KVMKVMKVM\0\0\0");
     table.push(entry(0x4000_0000, 0x4000_0001, kvm_b, kvm_c, kvm_d));
     // No paravirtual features: no kvmclock, no asynchronous page faults.
     table.push(entry(0x4000_0001, 0, 0, 0, 0));
-    let (extended_edx, vendor_words) = match kind {
-        Kind::Ept => (LEAF_8000_0001_EDX, [0; 3]),
-        Kind::Npt => (LEAF_8000_0001_EDX | AMD_REPEATED, [b, c, d]),
-    };
-    let [b, c, d] = vendor_words;
-    table.push(entry(0x8000_0000, 0x8000_0008, b, c, d));
-    table.push(entry(0x8000_0001, 0, 0, LEAF_8000_0001_ECX, extended_edx));
-    let brand = brand();
-    for (index, chunk) in brand.chunks_exact(16).enumerate() {
-        let [b, c, d] = words([
-            chunk[4], chunk[5], chunk[6], chunk[7], chunk[8], chunk[9], chunk[10], chunk[11],
-            chunk[12], chunk[13], chunk[14], chunk[15],
-        ]);
-        let a = u32::from_le_bytes([chunk[0], chunk[1], chunk[2], chunk[3]]);
-        table.push(entry(0x8000_0002 + index as u32, a, b, c, d));
-    }
-    table.push(entry(0x8000_0007, 0, 0, 0, INVARIANT_TSC));
-    table.push(entry(0x8000_0008, 48 << 8 | GUEST_ADDRESS_BITS, 0, 0, 0));
+    table.sort_by_key(|leaf| (leaf.function, leaf.index));
     table
+}
+
+fn from_processor(leaf: &CpuidEntry) -> kvm_cpuid_entry2 {
+    let plain = entry(leaf.leaf, leaf.eax, leaf.ebx, leaf.ecx, leaf.edx);
+    if leaf.has_subleaf {
+        kvm_cpuid_entry2 {
+            index: leaf.subleaf,
+            flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+            ..plain
+        }
+    } else {
+        plain
+    }
 }
 
 /// What `KVM_GET_EMULATED_CPUID` answers: features that are emulated although no processor
@@ -136,16 +136,29 @@ fn words(text: [u8; 12]) -> [u32; 3] {
     [word(0), word(4), word(8)]
 }
 
-fn brand() -> [u8; 48] {
-    let mut brand = [0; 48];
-    let text = b"Twofold virtual processor";
-    brand[..text.len()].copy_from_slice(text);
-    brand
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_feature_is_the_processors_or_one_that_kvm_adds() {
+        for kind in [Kind::Ept, Kind::Npt] {
+            let own = twofold_cpu::cpuid::supported(kind.machine_config().second_stage, 48);
+            let table = supported(kind);
+            assert!(
+                table
+                    .windows(2)
+                    .all(|pair| pair[0].function < pair[1].function)
+            );
+            let own = |number| own.iter().find(|leaf| leaf.leaf == number).unwrap();
+            let leaf = |number| find(&table, number, 0).unwrap();
+            assert_eq!(leaf(1).ecx & !own(1).ecx, added::LEAF_1_ECX);
+            assert_eq!(leaf(1).edx & !own(1).edx, added::LEAF_1_EDX);
+            assert_eq!(leaf(7).ebx, own(7).ebx);
+            assert_eq!(own(7).ecx & !leaf(7).ecx, PROTECTION_KEYS);
+            assert_eq!(leaf(0x8000_0001).ecx, own(0x8000_0001).ecx);
+        }
+    }
 
     #[test]
     fn the_vendor_is_spelled_in_ebx_edx_ecx() {
@@ -161,10 +174,10 @@ mod tests {
     }
 
     #[test]
-    fn guest_addresses_have_48_bits_both_ways() {
+    fn guest_physical_addresses_have_48_bits() {
         let table = supported(Kind::Ept);
         let leaf = find(&table, 0x8000_0008, 0).unwrap();
-        assert_eq!(leaf.eax, 0x3030);
+        assert_eq!(leaf.eax & 0xff, 48);
         assert!(is_possible(&table));
     }
 

@@ -4,7 +4,7 @@ use super::VcpuState;
 use super::lapic::{self, Refused};
 use crate::tsc::Sync;
 use twofold_cpu::Msrs;
-use twofold_cpu::state::{cr0, efer};
+use twofold_cpu::state::{cr0, cr4, efer};
 
 pub(super) const IA32_TSC: u32 = 0x10;
 const IA32_PLATFORM_ID: u32 = 0x17;
@@ -245,7 +245,7 @@ impl VcpuState {
             }
             IA32_EFER => return self.set_efer(value, from_guest),
             IA32_FS_BASE | IA32_GS_BASE => {
-                if !is_canonical(value) {
+                if !self.is_canonical(value) {
                     return false;
                 }
                 let mut system = self.cpu.system_registers();
@@ -278,11 +278,23 @@ impl VcpuState {
             IA32_TSC_ADJUST if from_guest => msrs.write_tsc_adjust(value),
             // The program's value moves nothing.
             IA32_TSC_ADJUST => msrs.tsc_adjust = value,
+            IA32_SYSENTER_ESP | IA32_SYSENTER_EIP | IA32_LSTAR | IA32_CSTAR
+            | IA32_KERNEL_GS_BASE
+                if !self.is_canonical(value) =>
+            {
+                return false;
+            }
             _ if set_instruction_msr(&mut msrs, index, value) => {}
             _ => return false,
         }
         self.cpu.set_msrs(&msrs);
         true
+    }
+
+    /// Whether a linear address is sign-extended from the bits that the paging mode gives it.
+    fn is_canonical(&self, address: u64) -> bool {
+        let wide = self.cpu.system_registers().cr4 & cr4::LA57 != 0;
+        is_sign_extended(address, if wide { 57 } else { 48 })
     }
 
     /// The program sets the time stamp counter.
@@ -357,9 +369,6 @@ fn set_instruction_msr(msrs: &mut Msrs, index: u32, value: u64) -> bool {
         _ => return false,
     };
     let allowed = match index {
-        IA32_SYSENTER_ESP | IA32_SYSENTER_EIP | IA32_LSTAR | IA32_CSTAR | IA32_KERNEL_GS_BASE => {
-            is_canonical(value)
-        }
         IA32_PAT => value
             .to_le_bytes()
             .iter()
@@ -373,9 +382,9 @@ fn set_instruction_msr(msrs: &mut Msrs, index: u32, value: u64) -> bool {
     allowed
 }
 
-/// Whether a linear address of 48 bits is sign-extended.
-fn is_canonical(address: u64) -> bool {
-    (address as i64) << 16 >> 16 == address as i64
+fn is_sign_extended(address: u64, bits: u32) -> bool {
+    let unused = 64 - bits;
+    (address as i64) << unused >> unused == address as i64
 }
 
 #[cfg(test)]
@@ -383,11 +392,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn canonical_addresses_are_sign_extended_from_bit_47() {
-        assert!(is_canonical(0));
-        assert!(is_canonical(0x7fff_ffff_ffff));
-        assert!(!is_canonical(0x8000_0000_0000));
-        assert!(is_canonical(0xffff_8000_0000_0000));
+    fn canonical_addresses_are_sign_extended_from_their_top_bit() {
+        assert!(is_sign_extended(0, 48));
+        assert!(is_sign_extended(0x7fff_ffff_ffff, 48));
+        assert!(!is_sign_extended(0x8000_0000_0000, 48));
+        assert!(is_sign_extended(0x8000_0000_0000, 57));
+        assert!(is_sign_extended(0xffff_8000_0000_0000, 48));
     }
 
     #[test]

@@ -203,28 +203,14 @@ impl VcpuState {
     /// The bits of CR4 that the vCPU's CPUID table offers; all that the processor has before it
     /// gets one, as with KVM.
     fn cr4_offered(&self) -> u64 {
-        let mut bits = cr4::VME
-            | cr4::PVI
-            | cr4::TSD
-            | cr4::DE
-            | cr4::PSE
-            | cr4::PAE
-            | cr4::MCE
-            | cr4::PGE
-            | cr4::PCE
-            | cr4::OSFXSR
-            | cr4::OSXMMEXCPT;
-        let leaf_7 = cpuid::find(&self.cpuid, 7, 0).map_or(0, |leaf| leaf.ebx);
-        for (bit, offered) in [
-            (cr4::FSGSBASE, 1 << 0),
-            (cr4::SMEP, 1 << 7),
-            (cr4::SMAP, 1 << 20),
-        ] {
-            if self.cpuid.is_empty() || leaf_7 & offered != 0 {
-                bits |= bit;
-            }
+        // The legacy extensions are in every processor that KVM knows.
+        let processor = self.cpu.cr4_allowed() | cr4::VME | cr4::PVI;
+        if self.cpuid.is_empty() {
+            // What `KVM_GET_SUPPORTED_CPUID` keeps back.
+            processor & !cr4::PKE
+        } else {
+            processor
         }
-        bits
     }
 }
 
