@@ -77,11 +77,17 @@ struct Vm<F: Processor> {
 
 impl<F: Processor> Vm<F> {
     fn new(form: Form, means: Means) -> Self {
+        Self::with_split(form, means, true)
+    }
+
+    /// `eager_split`: large leaves are split when logging begins, not when they are written.
+    fn with_split(form: Form, means: Means, eager_split: bool) -> Self {
         let world = World::new(0x1000_0000_0000);
         let config = Config {
             slot_zap_all: false,
             accessed_dirty: means != Means::Nothing,
             pml: means == Means::Log,
+            eager_split,
             ..Config::default()
         };
         let mmu = Mmu::new(TestHost(Arc::clone(&world)), config);
@@ -305,8 +311,8 @@ fn ops() -> impl Strategy<Value = Op> {
     ]
 }
 
-fn run<F: Processor>(form: Form, means: Means, ops: &[Op]) {
-    let mut vm = Vm::<F>::new(form, means);
+fn run<F: Processor>(form: Form, means: Means, eager_split: bool, ops: &[Op]) {
+    let mut vm = Vm::<F>::with_split(form, means, eager_split);
     for op in ops {
         match *op {
             Op::Access { page, write } => vm.access(TOUCHED[page], write),
@@ -340,29 +346,33 @@ proptest! {
     #[test]
     fn every_form_tells_exactly_what_was_written_in_each_round_over_ept(
         ops in prop::collection::vec(ops(), 1..160), form in 0..FORMS.len(),
+        eager in any::<bool>(),
     ) {
-        run::<Ept>(FORMS[form], Means::Flags, &ops);
+        run::<Ept>(FORMS[form], Means::Flags, eager, &ops);
     }
 
     #[test]
     fn every_form_tells_exactly_what_a_processor_with_a_log_has_written(
         ops in prop::collection::vec(ops(), 1..160), form in 0..FORMS.len(),
+        eager in any::<bool>(),
     ) {
-        run::<Ept>(FORMS[form], Means::Log, &ops);
+        run::<Ept>(FORMS[form], Means::Log, eager, &ops);
     }
 
     #[test]
     fn every_form_tells_exactly_what_was_written_without_accessed_and_dirty_bits(
         ops in prop::collection::vec(ops(), 1..160), form in 0..FORMS.len(),
+        eager in any::<bool>(),
     ) {
-        run::<Ept>(FORMS[form], Means::Nothing, &ops);
+        run::<Ept>(FORMS[form], Means::Nothing, eager, &ops);
     }
 
     #[test]
     fn every_form_tells_exactly_what_was_written_in_each_round_over_npt(
         ops in prop::collection::vec(ops(), 1..160), form in 0..FORMS.len(),
+        eager in any::<bool>(),
     ) {
-        run::<Npt>(FORMS[form], Means::Flags, &ops);
+        run::<Npt>(FORMS[form], Means::Flags, eager, &ops);
     }
 }
 
@@ -449,6 +459,24 @@ fn a_ring_that_is_soft_full_takes_what_one_more_run_of_the_processor_can_add() {
     assert_eq!(vm.mmu.reset_dirty_rings(), (RING_BYTES / 16) as u32);
     assert!(!vm.reader.is_dirty_ring_soft_full());
     assert_eq!(vm.mmu.reset_dirty_rings(), 0);
+}
+
+#[test]
+fn the_ring_of_a_reader_that_is_gone_can_still_be_reset() {
+    let mut vm = Vm::<Ept>::new(Form::Ring, Means::Flags);
+    vm.toggle();
+    vm.access(3, true);
+    let entries = (0..vm.mmu.ring_entries()).map(|_| DirtyGfn::default());
+    let second = Arc::new(Ring(entries.collect()));
+    vm.reader = vm
+        .mmu
+        .ring_reader(Arc::clone(&second) as Arc<dyn RingMemory>);
+    let _ = vm.mmu.stats();
+    vm.harvest_ring();
+    assert_eq!(vm.harvested, BTreeSet::from([3]));
+    assert_eq!(vm.mmu.reset_dirty_rings(), 1);
+    vm.access(3, true);
+    assert_eq!(second.0[0].harvest(), Some((0, 3)));
 }
 
 #[test]
