@@ -227,3 +227,165 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             && self.attributes.is_uniform(gfn, level)
     }
 }
+
+/// Every interleaving of a fault, a hole in the file and a change of attributes:
+/// `RUSTFLAGS="--cfg loom" cargo test -p twofold-mmu --lib interleavings`.
+#[cfg(all(test, loom))]
+#[expect(unsafe_code, reason = "UNSAFETY: each reader word has one thread")]
+mod interleavings {
+    use crate::invalidation::Invalidation;
+    use alloc::vec::Vec;
+    use loom::sync::{Arc, Mutex};
+    use loom::thread;
+    use twofold_table::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+    use twofold_table::{ReaderWord, wait_for_readers};
+
+    /// The addresses of the frame's private half.
+    const FILE: core::ops::Range<u64> = 0x1000..0x2000;
+    /// The shared half's page. Those of the file are numbered from 1 on.
+    const SHARED: u64 = 100;
+
+    struct World {
+        invalidation: Invalidation,
+        reader: ReaderWord,
+        /// The writers' lock.
+        lock: Mutex<()>,
+        /// The frame's attribute.
+        private: AtomicBool,
+        /// The page that the file has: another after each hole.
+        file: AtomicU64,
+        /// What the guest's table maps, or 0.
+        entry: AtomicU64,
+    }
+
+    impl World {
+        fn new(private: bool) -> Arc<Self> {
+            Arc::new(Self {
+                invalidation: Invalidation::new(),
+                reader: ReaderWord::new(),
+                lock: Mutex::new(()),
+                private: AtomicBool::new(private),
+                file: AtomicU64::new(1),
+                entry: AtomicU64::new(0),
+            })
+        }
+
+        /// As `resolve` and `map`.
+        fn fault(&self) {
+            let snapshot = self.invalidation.snapshot();
+            let private = self.private.load(Ordering::Acquire);
+            let page = match private {
+                true => self.file.load(Ordering::Acquire),
+                false => SHARED,
+            };
+            // SAFETY: only the faulting thread uses the word.
+            let _section = unsafe { self.reader.enter() };
+            let address = if private { FILE } else { 0x8000..0x9000 };
+            if self.invalidation.allows(snapshot, address)
+                && self.private.load(Ordering::Acquire) == private
+            {
+                let _ = self
+                    .entry
+                    .compare_exchange(0, page, Ordering::AcqRel, Ordering::Acquire);
+            }
+        }
+
+        fn synchronize(&self) {
+            fence(Ordering::SeqCst);
+            let _readers = wait_for_readers([&self.reader].into_iter(), thread::yield_now);
+        }
+
+        /// Takes the mapping if it is of this half.
+        fn zap(&self, private: bool) {
+            let entry = self.entry.load(Ordering::Acquire);
+            if entry != 0 && (entry != SHARED) == private {
+                let _ = self
+                    .entry
+                    .compare_exchange(entry, 0, Ordering::AcqRel, Ordering::Acquire);
+            }
+        }
+
+        /// As `begin_private_change`, and what the hypervisor does then.
+        fn punch(&self) {
+            {
+                let _writer = self.lock.lock().unwrap();
+                self.invalidation.begin(FILE);
+                self.synchronize();
+                self.zap(true);
+            }
+            // The page belongs to nobody.
+            assert!([0, SHARED].contains(&self.entry.load(Ordering::Acquire)));
+            self.file.fetch_add(1, Ordering::AcqRel);
+            assert!([0, SHARED].contains(&self.entry.load(Ordering::Acquire)));
+            self.invalidation.end();
+        }
+
+        /// As `set_attributes`, whose parts take the lock one after the other.
+        fn convert(&self, private: bool) {
+            {
+                let _writer = self.lock.lock().unwrap();
+                self.private.store(private, Ordering::Release);
+                self.synchronize();
+            }
+            {
+                let _writer = self.lock.lock().unwrap();
+                self.zap(!private);
+            }
+            self.check_kind(private);
+        }
+
+        fn check_kind(&self, private: bool) {
+            let entry = self.entry.load(Ordering::Acquire);
+            assert!(
+                entry == 0 || (entry != SHARED) == private,
+                "the other half is mapped"
+            );
+        }
+
+        fn check(&self) {
+            self.check_kind(self.private.load(Ordering::Acquire));
+            let entry = self.entry.load(Ordering::Acquire);
+            assert!(
+                [0, SHARED, self.file.load(Ordering::Acquire)].contains(&entry),
+                "a page that the file has given back is mapped"
+            );
+        }
+    }
+
+    fn explore(private: bool, bound: usize, threads: &'static [fn(&World)]) {
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(bound);
+        model.check(move || {
+            let world = World::new(private);
+            let others: Vec<_> = threads
+                .iter()
+                .map(|work| {
+                    let world = Arc::clone(&world);
+                    thread::spawn(move || work(&world))
+                })
+                .collect();
+            world.fault();
+            for other in others {
+                other.join().unwrap();
+            }
+            world.check();
+        });
+    }
+
+    #[test]
+    fn a_fault_never_maps_the_half_that_a_conversion_has_ended() {
+        explore(false, 3, &[|world| world.convert(true)]);
+        explore(true, 3, &[|world| world.convert(false)]);
+    }
+
+    #[test]
+    fn a_fault_never_maps_a_page_that_a_hole_has_taken() {
+        explore(true, 3, &[World::punch]);
+    }
+
+    #[test]
+    fn a_fault_survives_a_hole_and_a_conversion_at_once() {
+        explore(true, 2, &[World::punch, |world| world.convert(false)]);
+        explore(false, 2, &[World::punch, |world| world.convert(true)]);
+    }
+}
