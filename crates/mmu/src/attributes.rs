@@ -117,13 +117,46 @@ impl Chunk {
                 .all(|word| word.load(Ordering::Acquire) == first)
     }
 
-    /// Sets part of one region; the bitmap has been reserved. `frames` are numbers in the chunk.
-    fn set_part(&self, region: usize, frames: Range<usize>, private: bool) {
-        let Some(bitmap) = self.bitmap.get() else {
-            return;
-        };
-        let words = region * REGION_WORDS..(region + 1) * REGION_WORDS;
-        let Some(words) = bitmap.get(words) else {
+    /// The words of the bitmap that hold `frames` (numbers in the chunk, not empty), each with a mask
+    /// of the frames that are meant.
+    #[inline]
+    fn words_of(&self, frames: Range<usize>) -> impl Iterator<Item = (&AtomicU64, u64)> {
+        let (first, last) = (frames.start / 64, (frames.end - 1) / 64);
+        let words = self.bitmap.get().and_then(|words| words.get(first..=last));
+        words
+            .unwrap_or_default()
+            .iter()
+            .zip(first..)
+            .map(move |(word, number)| {
+                let (from, to) = (
+                    frames.start.max(number * 64),
+                    frames.end.min(number * 64 + 64),
+                );
+                (word, u64::MAX >> (64 - (to - from)) << (from % 64))
+            })
+    }
+
+    /// Whether all of `frames`, which are in one region and not empty, are `private`, or all are not.
+    #[inline]
+    fn is_all(&self, frames: Range<usize>, private: bool) -> bool {
+        match self.region(frames.start / REGION as usize) {
+            MIXED => self.words_of(frames).all(|(word, mask)| {
+                let bits = word.load(Ordering::Acquire) & mask;
+                bits == uniform_bits(private) & mask
+            }),
+            state => (state == PRIVATE) == private,
+        }
+    }
+
+    /// Sets part of one region, which is not empty; the bitmap has been reserved. `frames` are
+    /// numbers in the chunk.
+    fn set_part(&self, frames: Range<usize>, private: bool) {
+        let region = frames.start / REGION as usize;
+        let Some(words) = self
+            .bitmap
+            .get()
+            .and_then(|words| words.get(region * REGION_WORDS..(region + 1) * REGION_WORDS))
+        else {
             return;
         };
         let old = self.region(region);
@@ -134,14 +167,7 @@ impl Chunk {
                 word.store(uniform_bits(old == PRIVATE), Ordering::Relaxed);
             }
         }
-        let first = frames.start % REGION as usize;
-        let end = first + frames.len();
-        for (index, word) in words.iter().enumerate() {
-            let (from, to) = (first.max(index * 64), end.min(index * 64 + 64));
-            if from >= to {
-                continue;
-            }
-            let mask = u64::MAX >> (64 - (to - from)) << (from % 64);
+        for (word, mask) in self.words_of(frames) {
             let value = word.load(Ordering::Relaxed);
             let value = if private { value | mask } else { value & !mask };
             word.store(value, Ordering::Release);
@@ -274,20 +300,12 @@ impl Attributes {
             let Some(chunk) = self.chunk(part.chunk) else {
                 return !private;
             };
-            let expected = if private { PRIVATE } else { SHARED };
             let region = REGION as usize;
             let mut frame = part.start;
             while frame < part.end {
                 let end = ((frame / region + 1) * region).min(part.end);
-                match chunk.region(frame / region) {
-                    MIXED => {
-                        let mut frames = frame..end;
-                        if !frames.all(|frame| chunk.is_private(frame) == private) {
-                            return false;
-                        }
-                    }
-                    state if state != expected => return false,
-                    _ => {}
+                if !chunk.is_all(frame..end, private) {
+                    return false;
                 }
                 frame = end;
             }
@@ -328,7 +346,7 @@ impl Attributes {
             let (head, regions, tail) = part.split();
             for piece in [head, tail] {
                 if !piece.is_empty() {
-                    chunk.set_part(piece.start / REGION as usize, piece, private);
+                    chunk.set_part(piece, private);
                 }
             }
             if !regions.is_empty() {
