@@ -63,7 +63,7 @@ pub(crate) fn explain(processor: &mut Processor, theirs: &Walked) -> Option<Vec<
         // The same walk without what the simulators do not look at.
         let (ignored, reason) = match theirs.kind {
             Kind::Npt => (bits_eight(&case), Known::BitEight),
-            Kind::Ept | Kind::EptWithoutFlags => (bits_twelve(&case), Known::BitTwelve),
+            _ => (bits_twelve(&case), Known::BitTwelve),
         };
         if ignored != [0; 4] {
             let mut without = case;
@@ -78,7 +78,10 @@ pub(crate) fn explain(processor: &mut Processor, theirs: &Walked) -> Option<Vec<
         }
     }
     match (&mut ours.end, theirs.end) {
-        (End::Violation(ours), End::Violation(theirs)) if *ours != theirs => {
+        (End::Violation(ours), End::Violation(theirs))
+        | (End::Exception(ours), End::Exception(theirs))
+            if *ours != theirs =>
+        {
             let advanced = Qualification::LINEAR_USER
                 | Qualification::LINEAR_WRITABLE
                 | Qualification::LINEAR_NO_EXECUTE;

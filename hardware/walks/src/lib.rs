@@ -45,6 +45,9 @@ pub enum Kind {
     Ept,
     /// EPT without.
     EptWithoutFlags,
+    /// EPT with accessed and dirty flags, and with violations that become exceptions of the guest
+    /// where an entry does not suppress that.
+    EptWithExceptions,
     /// Nested paging.
     Npt,
 }
@@ -55,21 +58,27 @@ impl Kind {
         match self {
             Self::Ept => "ept",
             Self::EptWithoutFlags => "ept-noad",
+            Self::EptWithExceptions => "ept-ve",
             Self::Npt => "npt",
         }
     }
 
     /// The kind with this name.
     pub fn from_name(name: &str) -> Option<Self> {
-        [Self::Ept, Self::EptWithoutFlags, Self::Npt]
-            .into_iter()
-            .find(|kind| kind.name() == name)
+        [
+            Self::Ept,
+            Self::EptWithoutFlags,
+            Self::EptWithExceptions,
+            Self::Npt,
+        ]
+        .into_iter()
+        .find(|kind| kind.name() == name)
     }
 
     /// An entry that allows everything, without its address and without what only leaves have.
     const fn everything(self) -> u64 {
         match self {
-            Self::Ept | Self::EptWithoutFlags => EptFlags::RWX.bits(),
+            Self::Ept | Self::EptWithoutFlags | Self::EptWithExceptions => EptFlags::RWX.bits(),
             Self::Npt => NptFlags::PRESENT.bits() | NptFlags::WRITE.bits() | NptFlags::USER.bits(),
         }
     }
@@ -77,7 +86,7 @@ impl Kind {
     /// What a leaf has beside its permissions: a memory type.
     const fn leaf(self) -> u64 {
         match self {
-            Self::Ept | Self::EptWithoutFlags => 6 << 3,
+            Self::Ept | Self::EptWithoutFlags | Self::EptWithExceptions => 6 << 3,
             Self::Npt => 0,
         }
     }
@@ -219,6 +228,8 @@ pub enum End {
     Done(u64),
     /// An EPT violation with this qualification.
     Violation(u64),
+    /// A #VE of the guest, whose information page has this qualification.
+    Exception(u64),
     /// An EPT misconfiguration.
     Misconfiguration,
     /// A nested page fault with this error code.
@@ -247,6 +258,7 @@ impl fmt::Display for Walked {
         let (end, detail) = match self.end {
             End::Done(value) => ("done", value),
             End::Violation(qualification) => ("violation", qualification),
+            End::Exception(qualification) => ("exception", qualification),
             End::Misconfiguration => ("misconfiguration", 0),
             End::NestedFault(error) => ("nested-fault", error),
             End::Strange(number) => ("strange", number),
@@ -284,6 +296,7 @@ impl FromStr for Walked {
         let end = match name {
             "done" => End::Done(detail),
             "violation" => End::Violation(detail),
+            "exception" => End::Exception(detail),
             "misconfiguration" => End::Misconfiguration,
             "nested-fault" => End::NestedFault(detail),
             "strange" => End::Strange(detail),
@@ -315,6 +328,7 @@ mod tests {
         for end in [
             End::Done(0xc3),
             End::Violation(0x181),
+            End::Exception(0x182),
             End::Misconfiguration,
             End::NestedFault(0x1_0000_0006),
             End::Strange(7),

@@ -6,7 +6,7 @@
 use std::io;
 use std::ptr;
 use std::sync::Arc;
-use twofold_arch::ept::Eptp;
+use twofold_arch::ept::{self, EptCaps, EptEntry, EptFlags, Eptp};
 use twofold_arch::{Hpa, Level};
 use twofold_cpu::state::gpr;
 use twofold_cpu::{
@@ -14,7 +14,7 @@ use twofold_cpu::{
     Segment, SystemRegisters,
 };
 use twofold_walks::{
-    Case, End, GPA, Kind, Operation, PHYSICAL_ADDRESS_BITS, TABLES, TARGET, TARGET_VALUE,
+    Case, End, GPA, Kind, LEVELS, Operation, PHYSICAL_ADDRESS_BITS, TABLES, TARGET, TARGET_VALUE,
     WRITTEN_VALUE, Walked,
 };
 
@@ -63,8 +63,8 @@ impl Processor {
         }
         let machine = Machine::new(MachineConfig {
             second_stage: match kind {
-                Kind::Ept | Kind::EptWithoutFlags => SecondStageKind::Ept,
                 Kind::Npt => SecondStageKind::Npt,
+                _ => SecondStageKind::Ept,
             },
             maxphyaddr: PHYSICAL_ADDRESS_BITS,
             hpa_offset: (memory as usize).wrapping_sub(MEMORY as usize),
@@ -75,7 +75,11 @@ impl Processor {
                 root: TABLES,
                 level: Level::L512G,
             },
-            _ => SecondStage::Ept(Eptp::new(TABLES, Level::L512G, kind == Kind::Ept)),
+            _ => SecondStage::Ept(Eptp::new(
+                TABLES,
+                Level::L512G,
+                kind != Kind::EptWithoutFlags,
+            )),
         };
         cpu.set_second_stage(second_stage);
         let mut new = Self {
@@ -185,6 +189,11 @@ impl Processor {
             Exit::Halt => (End::Done(self.load(TARGET)), 0),
             Exit::SecondStage(SecondStageFault::EptViolation {
                 gpa, qualification, ..
+            }) if self.kind == Kind::EptWithExceptions && !suppressed(&case) => {
+                (End::Exception(qualification), gpa.get())
+            }
+            Exit::SecondStage(SecondStageFault::EptViolation {
+                gpa, qualification, ..
             }) => (End::Violation(qualification), gpa.get()),
             Exit::SecondStage(SecondStageFault::EptMisconfiguration { gpa }) => {
                 (End::Misconfiguration, gpa.get())
@@ -205,4 +214,20 @@ impl Processor {
             entries: twofold_walks::places().map(|place| self.load(place)),
         }
     }
+}
+
+/// Whether the entry that decides about a violation suppresses #VE: the leaf, or the entry that is not
+/// present, at whatever level. (`twofold-cpu` always exits.)
+fn suppressed(case: &Case) -> bool {
+    for (entry, level) in case.entries.into_iter().zip(LEVELS) {
+        match ept::decode(entry, level, EptCaps::full(PHYSICAL_ADDRESS_BITS)) {
+            EptEntry::Table { .. } => {}
+            EptEntry::NotPresent { flags } | EptEntry::Leaf { flags, .. } => {
+                return flags.contains(EptFlags::SUPPRESS_VE);
+            }
+            // Not a violation.
+            EptEntry::Misconfig(_) => return true,
+        }
+    }
+    true
 }

@@ -151,7 +151,6 @@ impl Virtualization for Svm {
         new.set(field::CR4, cr4.to_le_bytes());
         new.set(field::DR6, 0xffff_0ff0u64.to_le_bytes());
         new.set(field::DR7, 0x400u64.to_le_bytes());
-        new.set(field::RFLAGS, guest::FLAGS.to_le_bytes());
         new.set(field::PAT, 0x0007_0406_0007_0406u64.to_le_bytes());
         new.restart();
         new.set_user(false);
@@ -174,6 +173,7 @@ impl Virtualization for Svm {
     fn restart(&mut self) {
         self.set(field::RIP, guest::CODE.to_le_bytes());
         self.set(field::RSP, guest::STACK_TOP.to_le_bytes());
+        self.set(field::RFLAGS, guest::FLAGS.to_le_bytes());
     }
 
     fn set_user(&mut self, user: bool) {

@@ -258,7 +258,6 @@ impl Vmx {
         write(field::GUEST_IDTR_BASE, guest::IDT);
         write(field::GUEST_IDTR_LIMIT, u64::from(guest::IDT_LIMIT));
         write(field::GUEST_DR7, 0x400);
-        write(field::GUEST_RFLAGS, guest::FLAGS);
         write(field::LINK_POINTER, u64::MAX);
     }
 
@@ -288,7 +287,7 @@ impl Virtualization for Vmx {
     type Format = Ept;
     const NAME: &'static str = "Intel VMX, extended page tables";
     const MISCONFIGURES: bool = true;
-    const WALKS: &'static [Kind] = &[Kind::Ept, Kind::EptWithoutFlags];
+    const WALKS: &'static [Kind] = &[Kind::Ept, Kind::EptWithoutFlags, Kind::EptWithExceptions];
 
     fn enable() {
         let [cr0, _, cr4] = control_registers();
@@ -387,6 +386,7 @@ impl Virtualization for Vmx {
         self.make_current();
         write(field::GUEST_RSP, guest::STACK_TOP);
         write(field::GUEST_RIP, guest::CODE);
+        write(field::GUEST_RFLAGS, guest::FLAGS);
     }
 
     fn set_user(&mut self, user: bool) {

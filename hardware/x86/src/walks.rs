@@ -13,6 +13,9 @@ use twofold_walks::{
     CASES, Case, End, GPA, Kind, TABLES, TARGET, TARGET_VALUE, WRITTEN_VALUE, Walked,
 };
 
+/// The exit that a #VE stands for.
+const EPT_VIOLATION: u32 = 48;
+
 /// Exits before a case counts as stuck.
 const EXITS: u32 = 100;
 
@@ -28,8 +31,12 @@ pub fn run<V: Virtualization>() {
         }
         let features = match kind {
             Kind::EptWithoutFlags => Features::empty(),
+            Kind::EptWithExceptions => Features::ACCESSED_DIRTY | Features::EXCEPTIONS,
             Kind::Ept | Kind::Npt => Features::ACCESSED_DIRTY,
         };
+        if !V::available().contains(features) {
+            continue;
+        }
         let mut processor = V::new(features);
         processor.set_root(TABLES);
         for number in 0..CASES {
@@ -55,7 +62,17 @@ fn walk<V: Virtualization>(processor: &mut V, kind: Kind, number: u64) -> Walked
         operation.put(processor.registers());
         exit = until_exit(processor);
     }
+    let exception = processor.take_exception();
     let (end, gpa) = match exit {
+        Exit::Request if processor.registers().rax == guest::REQUEST_VE => {
+            // The guest's handler runs; the processor has filled in the page before.
+            match exception {
+                Some(page) if page.reason == EPT_VIOLATION && page.linear == GPA.get() => {
+                    (End::Exception(page.qualification), page.gpa.get())
+                }
+                _ => (End::Strange(guest::REQUEST_VE), 0),
+            }
+        }
         Exit::Request if case.operation == twofold_walks::Operation::Read => {
             (End::Done(processor.registers().rbx), 0)
         }
