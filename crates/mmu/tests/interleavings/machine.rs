@@ -11,8 +11,8 @@ use std::ptr::NonNull;
 use std::sync::{Arc, Mutex};
 use twofold_arch::{Gfn, Hpa, Level, Pferr};
 use twofold_mmu::{
-    Config, DirtyGfn, Fault, FaultError, Host, HostPage, Mmu, Outcome, PopulateError, Reader,
-    RingMemory, Root, RootRole,
+    Config, DirtyGfn, Fault, FaultError, Host, HostPage, ManualProtect, Mmu, Outcome,
+    PopulateError, Reader, RingMemory, Root, RootRole,
 };
 
 const PAGE: u64 = 4096;
@@ -63,6 +63,8 @@ impl HostMemory {
 struct Translation {
     frame: u64,
     write: bool,
+    /// Finding it has put the page into the processor's log.
+    logged: bool,
 }
 
 #[derive(Default)]
@@ -146,6 +148,11 @@ unsafe impl Host for TestHost {
         })
     }
 
+    fn mapping_level(&self, _hva: u64) -> Level {
+        switch_point();
+        self.0.level
+    }
+
     fn flush_tlbs(&self) {
         switch_point();
         for tlb in self.0.tlbs.lock().unwrap().iter_mut() {
@@ -188,6 +195,8 @@ pub(crate) struct Cpu {
     number: usize,
     reader: Reader,
     root: Root,
+    /// Faults taken.
+    pub(crate) faults: u64,
 }
 
 /// What became of a guest access.
@@ -210,6 +219,17 @@ const NEXT_FRAME: u64 = 0x1_0000;
 impl<F: Processor> Machine<F> {
     /// A machine whose host memory comes in pages of `level`, with all slots of [`SLOTS`].
     pub(crate) fn new(cpus: usize, flags: u32, level: Level, config: Config) -> Arc<Self> {
+        Self::with(cpus, flags, level, config, ManualProtect::empty())
+    }
+
+    /// The same, with a choice of how dirty logs are read and cleared.
+    pub(crate) fn with(
+        cpus: usize,
+        flags: u32,
+        level: Level,
+        config: Config,
+        protect: ManualProtect,
+    ) -> Arc<Self> {
         let world = Arc::new(World {
             tables: Mutex::new(vec![false; TABLES]),
             bytes: vec![[0xaaaa_aaaa_aaaa_aaaa; 512]; TABLES].into_boxed_slice(),
@@ -219,6 +239,7 @@ impl<F: Processor> Machine<F> {
             level,
         });
         let mmu = Mmu::new(TestHost(Arc::clone(&world)), config);
+        mmu.set_manual_protect(protect);
         let machine = Arc::new(Self {
             mmu,
             world,
@@ -272,6 +293,7 @@ impl<F: Processor> Machine<F> {
             number,
             reader,
             root: self.mmu.load_root(RootRole::NORMAL).unwrap(),
+            faults: 0,
         }
     }
 
@@ -308,36 +330,49 @@ impl<F: Processor> Machine<F> {
         bits
     }
 
-    /// Reads the bitmap of slot 0, or the rings, and says which pages are named, with the writes of
-    /// each until now.
-    pub(crate) fn harvest(&self, reported: &mut HashMap<u64, u64>) {
-        let mut bits = [0];
+    /// Reads the bitmap of a slot, or (for slot 0) the rings, and notes of each page that is named
+    /// its writes until now.
+    pub(crate) fn harvest(&self, id: usize, reported: &mut HashMap<u64, u64>) {
+        let mut bits = [0; 8];
         match self.mmu.ring_entries() {
-            0 => self.mmu.dirty_log_get(0, 0, &mut bits).unwrap(),
+            0 => self.mmu.dirty_log_get(0, id as u16, &mut bits).unwrap(),
             _ => bits[0] = self.harvest_rings(),
         }
-        let (_, pages, host) = SLOTS[0];
+        self.report(id, &bits, reported);
+    }
+
+    /// The same in two steps: reads, and clears what it has read.
+    pub(crate) fn harvest_and_clear(&self, id: usize, reported: &mut HashMap<u64, u64>) {
+        let mut bits = [0; 8];
+        self.mmu.dirty_log_get(0, id as u16, &mut bits).unwrap();
+        let pages = SLOTS[id].1 as u32;
+        let answer = self.mmu.dirty_log_clear(0, id as u16, 0, pages, &mut bits);
+        answer.unwrap();
+        self.report(id, &bits, reported);
+    }
+
+    fn report(&self, id: usize, bits: &[u64], reported: &mut HashMap<u64, u64>) {
+        let (_, pages, host) = SLOTS[id];
         let mut memory = self.world.memory.lock().unwrap();
         for page in 0..pages {
-            if bits[0] >> page & 1 == 1 {
+            if bits[page as usize / 64] >> (page % 64) & 1 == 1 {
                 reported.insert(page, memory.page(host + page).written);
             }
         }
     }
 
-    /// The writes to each page of slot 0 until now.
-    pub(crate) fn written(&self) -> HashMap<u64, u64> {
-        let (_, pages, host) = SLOTS[0];
+    /// The writes to each page of a slot until now.
+    pub(crate) fn written(&self, id: usize) -> HashMap<u64, u64> {
+        let (_, pages, host) = SLOTS[id];
         let mut memory = self.world.memory.lock().unwrap();
         (0..pages)
             .map(|page| (page, memory.page(host + page).written))
             .collect()
     }
 
-    /// Every write to slot 0 has been reported.
-    pub(crate) fn check_reported(&self, reported: &mut HashMap<u64, u64>) {
-        self.harvest(reported);
-        for (page, written) in self.written() {
+    /// Every write to a slot has been reported.
+    pub(crate) fn check_reported(&self, id: usize, reported: &HashMap<u64, u64>) {
+        for (page, written) in self.written(id) {
             let reported = reported.get(&page).copied().unwrap_or(0);
             assert_eq!(reported, written, "writes to page {page} were not reported");
         }
@@ -366,7 +401,10 @@ impl<F: Processor> Machine<F> {
                 if let Some(known) = tlb.translations.get(&key)
                     && (known.write || !write)
                 {
-                    return Ok(*known);
+                    return Ok(Translation {
+                        logged: false,
+                        ..*known
+                    });
                 }
                 tlb.flushed
             };
@@ -408,6 +446,10 @@ impl<F: Processor> Machine<F> {
                         let found = Translation {
                             frame: (hpa.get() >> 12) + offset,
                             write: write && (!flags || error.is_write() || value & F::DIRTY != 0),
+                            logged: flags
+                                && error.is_write()
+                                && value & F::DIRTY == 0
+                                && self.mmu.logs_by_pml(),
                         };
                         let mut tlbs = self.world.tlbs.lock().unwrap();
                         tlbs[cpu.number].translations.insert(key, found);
@@ -428,10 +470,16 @@ impl<F: Processor> Machine<F> {
                     let page = memory.at(found.frame);
                     let page = page.unwrap_or_else(|| panic!("{gfn:?} reaches a lost page"));
                     page.written += u64::from(write);
+                    drop(memory);
+                    if found.logged {
+                        let log = [gfn.address()].into_iter();
+                        self.mmu.drain_pml(&mut cpu.reader, 0, log);
+                    }
                     return Access::Made;
                 }
                 Err(error) => error,
             };
+            cpu.faults += 1;
             let fault = Fault {
                 gpa: gfn.address(),
                 error,

@@ -16,20 +16,19 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod logging;
 mod machine;
 mod scheduler;
+mod sizes;
 
 use common::Processor;
 use machine::{Access, Cpu, Machine};
 use scheduler::FewPreemptions;
 use shuttle::scheduler::{PctScheduler, RandomScheduler};
 use shuttle::thread;
-use std::collections::HashMap;
 use std::sync::Arc;
 use twofold_arch::Level;
 use twofold_mmu::{Config, Ept, Npt};
-
-const LOG: u32 = 1;
 
 /// Runs `test` under all schedules with up to `preemptions` preemptions, then under random ones.
 fn explore(name: &str, preemptions: usize, test: fn()) {
@@ -251,103 +250,6 @@ fn a_table_that_a_fault_remembers_is_not_used_once_it_is_unlinked() {
             Box::new(|machine| machine.change_host(0x3000..0x3200)),
         ];
         together(&machine, work);
-        machine.finish();
-    });
-}
-
-#[test]
-fn no_write_escapes_the_harvest() {
-    explore("dirty harvest", 2, || {
-        let machine = Machine::<Ept>::new(1, LOG, Level::L4K, narrow());
-        let mut cpu = machine.cpu(0);
-        machine.access(&mut cpu, 1, true);
-        let reported = Arc::new(std::sync::Mutex::new(HashMap::new()));
-        let harvested = Arc::clone(&reported);
-        let work: Vec<Work<Ept>> = vec![
-            guest(cpu, &[(1, true), (2, true), (1, true)], &[Access::Made]),
-            Box::new(move |machine| {
-                let mut mine = HashMap::new();
-                machine.harvest(&mut mine);
-                *harvested.lock().unwrap() = mine;
-            }),
-        ];
-        together(&machine, work);
-        machine.check_reported(&mut reported.lock().unwrap());
-        machine.finish();
-    });
-}
-
-#[test]
-fn no_write_escapes_the_rings() {
-    explore("dirty rings", 2, || {
-        let machine = Machine::<Ept>::with_rings(1, LOG, Level::L4K, narrow());
-        let mut cpu = machine.cpu(0);
-        machine.access(&mut cpu, 1, true);
-        let reported = Arc::new(std::sync::Mutex::new(HashMap::new()));
-        let harvested = Arc::clone(&reported);
-        let work: Vec<Work<Ept>> = vec![
-            guest(cpu, &[(2, true), (1, true), (2, true)], &[Access::Made]),
-            Box::new(move |machine| {
-                let mut mine = HashMap::new();
-                machine.harvest(&mut mine);
-                *harvested.lock().unwrap() = mine;
-            }),
-        ];
-        together(&machine, work);
-        machine.check_reported(&mut reported.lock().unwrap());
-        machine.finish();
-    });
-}
-
-/// Ageing takes permissions away without a flush, while another processor gets them back and the
-/// page is collected.
-#[test]
-fn no_write_escapes_the_harvest_of_a_page_that_ages() {
-    explore("ageing and harvest", 2, || {
-        let config = Config {
-            accessed_dirty: false,
-            ..narrow()
-        };
-        let machine = Machine::<Ept>::new(1, LOG, Level::L4K, config);
-        let mut cpu = machine.cpu(0);
-        machine.access(&mut cpu, 1, true);
-        let reported = Arc::new(std::sync::Mutex::new(HashMap::new()));
-        let harvested = Arc::clone(&reported);
-        let work: Vec<Work<Ept>> = vec![
-            guest(cpu, &[(1, false), (1, true)], &[Access::Made]),
-            Box::new(move |machine| {
-                let page = twofold_arch::Gfn::new(1)..twofold_arch::Gfn::new(2);
-                machine.mmu.clear_young_gfns(0, page);
-                let mut mine = HashMap::new();
-                machine.harvest(&mut mine);
-                *harvested.lock().unwrap() = mine;
-            }),
-        ];
-        together(&machine, work);
-        machine.check_reported(&mut reported.lock().unwrap());
-        machine.finish();
-    });
-}
-
-#[test]
-fn a_write_while_logging_begins_is_before_it_or_reported() {
-    explore("logging begins", 2, || {
-        let machine = Machine::<Npt>::new(1, 0, Level::L4K, narrow());
-        let mut cpu = machine.cpu(0);
-        machine.access(&mut cpu, 1, true);
-        let before = Arc::new(std::sync::Mutex::new(HashMap::new()));
-        let begun = Arc::clone(&before);
-        let work: Vec<Work<Npt>> = vec![
-            guest(cpu, &[(1, true), (2, true), (1, true)], &[Access::Made]),
-            Box::new(move |machine| {
-                machine.set_slot(0, LOG);
-                *begun.lock().unwrap() = machine.written();
-            }),
-        ];
-        together(&machine, work);
-        // Whatever was written until the call returned may be reported or not; from then on it is.
-        let mut reported = before.lock().unwrap().clone();
-        machine.check_reported(&mut reported);
         machine.finish();
     });
 }
