@@ -19,6 +19,7 @@ run: build ## run examples/hello on the software KVM and print a summary
 	@target/release/twofold run --summary -- target/release/hello
 
 test: check unit interleavings conformance ## every test of the project: what CI runs
+	@$(MAKE) --no-print-directory hardware HARDWARE=--if-available
 
 check: ## formatting and clippy, warnings are errors
 	$(CARGO) fmt --all --check
@@ -42,7 +43,7 @@ hardware: ## the tables on processors of Bochs and QEMU, in a table
 	cd hardware/x86 && env -u RUSTFLAGS $(CARGO) clippy --quiet --target-dir ../../target/hardware -- -D warnings
 	cd hardware && $(CARGO) clippy --quiet --target-dir ../target/hardware -p twofold-walks --all-targets -- -D warnings
 	cd hardware && $(CARGO) test --quiet --target-dir ../target/hardware -p twofold-walks
-	hardware/run.sh
+	hardware/run.sh $(HARDWARE)
 
 hardware-arm64: ## the protected hypervisor and its host on QEMU's arm64 model
 	hardware/arm64/run.sh

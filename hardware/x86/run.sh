@@ -18,7 +18,7 @@ mkdir -p "$work"
 objcopy -O binary "$elf" "$work/image.bin"
 
 # A run that hangs is a failure.
-limit="timeout ${TWOFOLD_HARDWARE_SECONDS:-60}"
+limit="timeout ${TWOFOLD_HARDWARE_SECONDS:-120}"
 case $machine in
 bochs)
     nasm -f bin rom.asm -o "$work/rom.bin"
