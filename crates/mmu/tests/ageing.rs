@@ -206,7 +206,9 @@ fn a_large_page_is_young_as_a_whole() {
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        failure_persistence: None, cases: 64, ..ProptestConfig::default()
+        failure_persistence: None,
+        cases: ProptestConfig::default().cases / 4,
+        ..ProptestConfig::default()
     })]
 
     /// With neither a TLB nor anything else between, a page is young exactly if it was used.

@@ -340,7 +340,9 @@ const FORMS: [Form; 4] = [Form::Bitmap, Form::Manual, Form::InitiallySet, Form::
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        failure_persistence: None, cases: 64, ..ProptestConfig::default()
+        failure_persistence: None,
+        cases: ProptestConfig::default().cases / 4,
+        ..ProptestConfig::default()
     })]
 
     #[test]
