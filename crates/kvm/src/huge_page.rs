@@ -6,46 +6,9 @@
 //! (`PAGEMAP_SCAN`, Linux 6.7), transparent ones and those of hugetlbfs. Kernels before that tell
 //! only in `/proc/self/smaps` how large the pages of a mapping are.
 
-use crate::{mappings, pagemap};
-use rustix::fd::{AsRawFd, BorrowedFd};
+use crate::{mappings, page_scan};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
 use twofold_arch::Level;
-
-/// `_IOWR('f', 16, struct pm_scan_arg)`
-const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
-const PAGE_IS_PRESENT: u64 = 1 << 3;
-const PAGE_IS_HUGE: u64 = 1 << 6;
-
-/// `struct page_region`
-#[repr(C)]
-#[derive(Default)]
-struct Region {
-    start: u64,
-    end: u64,
-    categories: u64,
-}
-
-/// `struct pm_scan_arg`
-#[repr(C)]
-#[derive(Default)]
-struct ScanArgument {
-    size: u64,
-    flags: u64,
-    start: u64,
-    end: u64,
-    walk_end: u64,
-    vec: u64,
-    vec_len: u64,
-    max_pages: u64,
-    category_inverted: u64,
-    category_mask: u64,
-    category_anyof_mask: u64,
-    return_mask: u64,
-}
-
-/// Whether the kernel has been found not to know the request.
-static CANNOT_SCAN: AtomicBool = AtomicBool::new(false);
 
 /// The largest level at which the page at `hva`, which is present, may be mapped.
 pub(crate) fn level(hva: u64) -> Level {
@@ -65,50 +28,13 @@ pub(crate) fn level(hva: u64) -> Level {
 /// Whether the kernel maps everything at `level` around `hva` with huge pages; `None` if it does
 /// not tell.
 fn is_huge(hva: u64, level: Level) -> Option<bool> {
-    if CANNOT_SCAN.load(Ordering::Relaxed) {
-        return None;
-    }
     let start = hva & !(level.bytes() - 1);
-    pagemap::with_file(|file| scan(file, start, start + level.bytes()))?
-}
-
-fn scan(file: BorrowedFd<'_>, start: u64, end: u64) -> Option<bool> {
-    let mut region = Region::default();
-    let mut argument = ScanArgument {
-        size: size_of::<ScanArgument>() as u64,
-        start,
-        end,
-        vec: &raw mut region as u64,
-        vec_len: 1,
-        category_mask: PAGE_IS_PRESENT | PAGE_IS_HUGE,
-        return_mask: PAGE_IS_PRESENT | PAGE_IS_HUGE,
-        ..ScanArgument::default()
-    };
-    // UNSAFETY: an ioctl that writes to memory.
-    #[expect(unsafe_code)]
-    // SAFETY: the kernel fills at most one region, and the argument itself, both of which live
-    // here and have the layout of its ABI.
-    let found = unsafe {
-        libc::syscall(
-            libc::SYS_ioctl,
-            file.as_raw_fd(),
-            PAGEMAP_SCAN,
-            &raw mut argument,
-        )
-    };
-    match found {
-        0 => Some(false),
-        1.. => Some(region.start <= start && end <= region.end),
-        _ => {
-            let error = std::io::Error::last_os_error();
-            if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) {
-                tracing::info!(%error, "the kernel does not tell which pages are huge");
-                CANNOT_SCAN.store(true, Ordering::Relaxed);
-                return None;
-            }
-            Some(false)
-        }
-    }
+    let end = start + level.bytes();
+    let mut region = [page_scan::Region::default()];
+    let kinds = page_scan::PRESENT | page_scan::HUGE;
+    let (found, _) = page_scan::scan(start, end, kinds, kinds, &mut region)?;
+    let [region] = region;
+    Some(found == 1 && region.start <= start && end <= region.end)
 }
 
 /// Whether the machine had pages of 1 GiB when this was asked first.

@@ -30,6 +30,7 @@ mod module_file;
 mod msr_filter;
 mod nx_recovery;
 mod object;
+mod page_scan;
 mod pagemap;
 mod parameter;
 mod presence;

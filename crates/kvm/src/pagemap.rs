@@ -32,41 +32,13 @@ pub(crate) fn may_write_in_place(hva: u64) -> bool {
     let Some(entry) = entry(hva) else {
         return false;
     };
-    allows_writing(entry, || mappings::is_shared_and_writable(hva))
-}
-
-/// Whether a page with this entry is present.
-pub(crate) const fn is_present(entry: u64) -> bool {
-    entry & PRESENT != 0
-}
-
-/// Whether a write to a page with this entry would go to that very page. `shared` says whether
-/// stores go to shared memory, and is asked only if that matters.
-pub(crate) fn allows_writing(entry: u64, shared: impl FnOnce() -> bool) -> bool {
     if entry & PRESENT == 0 || entry & WRITE_PROTECTED != 0 {
         false
     } else if entry & FILE_OR_SHARED == 0 {
         entry & EXCLUSIVE != 0
     } else {
-        shared()
+        mappings::is_shared_and_writable(hva)
     }
-}
-
-/// Reads the entries of consecutive pages. Whether they could be read.
-pub(crate) fn read(hva: u64, entries: &mut [u64]) -> bool {
-    let mut fd = DESCRIPTOR.load(Ordering::Relaxed);
-    if fd == NONE {
-        fd = open();
-    }
-    if fd < 0 {
-        return false;
-    }
-    // UNSAFETY: borrows a raw descriptor, and looks at integers as bytes.
-    #[expect(unsafe_code)]
-    // SAFETY: as in `entry`; any bytes are integers.
-    let (file, bytes) = unsafe { (BorrowedFd::borrow_raw(fd), entries.align_to_mut::<u8>().1) };
-    let wanted = bytes.len();
-    rustix::io::pread(file, bytes, hva / PAGE_SIZE * 8) == Ok(wanted)
 }
 
 /// The program is closing or replacing this descriptor, which may be ours.

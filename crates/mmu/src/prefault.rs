@@ -18,8 +18,8 @@ use crate::sync::atomic::Ordering;
 use crate::{Fault, fault};
 use alloc::vec::Vec;
 use core::ops::Range;
-use twofold_arch::{Gfn, Hpa, Level, PAGE_SHIFT, PAGE_SIZE, Pferr};
-use twofold_table::{BuildError, Entry, Height};
+use twofold_arch::{Gfn, Gpa, Hpa, Level, PAGE_SHIFT, PAGE_SIZE, Pferr};
+use twofold_table::{BuildError, Cursor, Entry, Height, Storage, Table};
 
 /// Why memory cannot be mapped ahead.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -243,7 +243,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             // What all of them have in common; 4K pages may be executed in any case.
             let read_only = bits::<F>(known, root, false);
             let writable = bits::<F>(known, root, true);
-            let leaf = |gpa: twofold_arch::Gpa| {
+            let leaf = |gpa: Gpa| {
                 let number = gpa.frame().get().wrapping_sub(first.get()) as usize;
                 match pages.get(number) {
                     Some(page) if page.writable => page.hpa.get() | writable,
@@ -253,16 +253,37 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             };
             let range = first.address()..end.address();
             let table = self.table_in(root.table, &section);
-            match table.map_range(range, Height::LEAF, leaf, &mut memory.pool) {
-                Ok(made) => made,
+            match table.map_range(range.clone(), Height::LEAF, leaf, &mut memory.pool) {
+                Ok(made) if made == found as u64 || is_mapped(table, range) => made,
+                Ok(made) => {
+                    self.mapped[0].fetch_add(made, Ordering::Relaxed);
+                    drop(section);
+                    return self.prefault_each(
+                        state, sections, memory, root, known, snapshot, first, pages,
+                    );
+                }
                 Err(BuildError::OutOfPages | BuildError::Raced) => return Ok(Step::Again),
             }
         };
         self.mapped[0].fetch_add(made, Ordering::Relaxed);
-        if made == found as u64 {
-            return Ok(Step::Done(made));
-        }
-        // Something is there already: leaves, or entries that remember the absence of memory.
+        Ok(Step::Done(found as u64))
+    }
+
+    /// Maps pages among which something is that is no leaf: entries that remember the absence of
+    /// memory, for instance.
+    #[cold]
+    #[expect(clippy::too_many_arguments, reason = "the state of one fault")]
+    fn prefault_each(
+        &self,
+        state: &ReaderState,
+        sections: &mut Sections<'_>,
+        memory: &mut Memory,
+        root: &RootState,
+        known: &KnownSlot,
+        snapshot: Snapshot,
+        first: Gfn,
+        pages: &[HostPage],
+    ) -> Result<Step, PrefaultError> {
         for (number, page) in pages.iter().enumerate() {
             let gfn = Gfn::new(first.get() + number as u64);
             let step =
@@ -273,7 +294,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                 other => return other,
             }
         }
-        Ok(Step::Done(found as u64))
+        Ok(Step::Done(pages.len() as u64))
     }
 
     /// The end of the frames from the first on that are in one slot, one table and of one kind.
@@ -287,6 +308,17 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         let mut frames = gfns.start.get()..end;
         Gfn::new(frames.find(other).unwrap_or(end))
     }
+}
+
+/// Whether there is a leaf everywhere in the range.
+fn is_mapped<F: MmuFormat, S: Storage>(table: Table<'_, F, S>, range: Range<Gpa>) -> bool {
+    let mut cursor = Cursor::new(table, range);
+    while let Some(seen) = cursor.next() {
+        if !matches!(seen.entry::<F>(), Entry::Leaf | Entry::Table(_)) {
+            return false;
+        }
+    }
+    true
 }
 
 const NO_PAGE: HostPage = HostPage {
