@@ -541,7 +541,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                 return Attempt::Smaller;
             }
             Entry::Table(_) => {
-                let attempt = self.collapse_for_fault(&table, seen, leaf);
+                let attempt = self.collapse_for_fault(&table, seen, known, leaf);
                 drop(section);
                 return attempt.unwrap_or_else(|debt| {
                     // Tables are given back under the lock; nobody waits here for this reader.
@@ -620,10 +620,12 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         &self,
         table: &Table<'_, F, Pages<H>>,
         seen: Seen,
+        known: &KnownSlot,
         leaf: Leaf,
     ) -> Result<Attempt, Debt<F>> {
         let mut debt = Debt::none();
-        match self.collapse_table(table, seen, leaf.encode::<F>(), leaf.level, &mut debt) {
+        let entry = entry::<F>(known, leaf);
+        match self.collapse_table(table, seen, entry, leaf.level, &mut debt) {
             Ok(()) => Err(debt),
             Err(_) => Ok(Attempt::Again),
         }
