@@ -76,42 +76,63 @@ fn npt_holds_what_the_reference_holds() {
     println!("{} operations", OPERATIONS.load(Ordering::Relaxed));
 }
 
-/// What the random sequences have found before.
-#[test]
-fn a_processor_that_wrote_before_its_page_aged_is_flushed_when_logging_begins() {
-    let access = |cpu, access| Op::Access {
-        cpu,
-        role: 0,
-        frame: 1,
-        access,
-        anyway: false,
-    };
-    let ops = [
-        Op::Create {
-            as_id: 0,
-            id: 0,
-            place: 3,
-            distance: 0,
-            flags: 0,
-        },
-        access(0, Access::Write),
-        Op::Age {
-            as_id: 0,
-            frame: 1,
-            clear: true,
-        },
-        access(1, Access::Read),
-        Op::Flip { as_id: 0, id: 0 },
-    ];
-    let setup = Setup {
+// What the random sequences have found before.
+
+fn setup(level: Level, accessed_dirty: bool) -> Setup {
+    Setup {
         config: Config {
-            accessed_dirty: false,
+            accessed_dirty,
             ..Config::default()
         },
         recorder: Recorder::Bitmap(ManualProtect::empty()),
-        level: Level::L4K,
+        level,
         must_ask: false,
         offset: 0,
+    }
+}
+
+fn access(cpu: usize, frame: usize, access: Access) -> Op {
+    Op::Access {
+        cpu,
+        role: 0,
+        frame,
+        access,
+        anyway: false,
+    }
+}
+
+const CREATE: Op = Op::Create {
+    as_id: 0,
+    id: 0,
+    place: 3,
+    distance: 0,
+    flags: 0,
+};
+
+#[test]
+fn a_processor_that_wrote_before_its_page_aged_is_flushed_when_logging_begins() {
+    let age = Op::Age {
+        as_id: 0,
+        frame: 1,
+        clear: true,
     };
-    run::<Ept>(&ops, setup);
+    let ops = [
+        CREATE,
+        access(0, 1, Access::Write),
+        age,
+        access(1, 1, Access::Read),
+        Op::Flip { as_id: 0, id: 0 },
+    ];
+    run::<Ept>(&ops, setup(Level::L4K, false));
+}
+
+#[test]
+fn a_huge_page_prepared_in_the_place_of_a_table_is_not_dirty() {
+    // The first access leaves a table that remembers the absence of memory.
+    let ops = [
+        access(0, 5, Access::Read),
+        CREATE,
+        Op::Prefault { role: 0, frame: 5 },
+    ];
+    run::<Ept>(&ops, setup(Level::L2M, true));
 }

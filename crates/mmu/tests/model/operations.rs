@@ -112,6 +112,11 @@ pub(crate) enum Op {
         access: Access,
         anyway: bool,
     },
+    /// The frame is mapped before it is used.
+    Prefault {
+        role: usize,
+        frame: usize,
+    },
     HostChange {
         as_id: u16,
         frame: usize,
@@ -186,6 +191,7 @@ pub(crate) fn ops() -> impl Strategy<Value = Op> {
         1 => Just(Extent::Huge),
     ];
     let role = prop_oneof![4 => Just(0usize), 2 => 0..ROLES.len()];
+    let any_role = prop_oneof![3 => Just(0usize), 1 => 0..ROLES.len()];
     let mask = prop_oneof![
         Just(u64::MAX),
         any::<u64>(),
@@ -201,6 +207,7 @@ pub(crate) fn ops() -> impl Strategy<Value = Op> {
         40 => (0..2usize, role, frame(), access, prop::bool::weighted(0.2)).prop_map(
             |(cpu, role, frame, access, anyway)| Op::Access { cpu, role, frame, access, anyway }
         ),
+        5 => (any_role, frame()).prop_map(|(role, frame)| Op::Prefault { role, frame }),
         6 => (as_id(), frame(), extent)
             .prop_map(|(as_id, frame, extent)| Op::HostChange { as_id, frame, extent }),
         1 => Just(Op::HostChangeAll),

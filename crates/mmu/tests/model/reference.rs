@@ -321,6 +321,19 @@ impl Reference {
         young
     }
 
+    /// A new leaf of a page that nobody has used.
+    pub(crate) fn prepared(&self, frame: u64, level: Level, write: bool, logs: bool) -> Mapping {
+        let flags = self.rules.flags;
+        Mapping {
+            write: write && flags && !logs,
+            may_write: write,
+            accessed: false,
+            dirty: false,
+            tracked: !flags,
+            ..self.fresh(frame, level, write)
+        }
+    }
+
     /// A new leaf of a page that the host has made present.
     pub(crate) fn fresh(&self, frame: u64, level: Level, write: bool) -> Mapping {
         Mapping {

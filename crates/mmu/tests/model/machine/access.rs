@@ -3,11 +3,11 @@
 use super::{Machine, Translation, View};
 use crate::common::Processor;
 use crate::operations::{Access, ROLES};
-use crate::reference::{Mapping, READONLY};
+use crate::reference::{Mapping, READONLY, Slot};
 use std::sync::atomic::Ordering;
 use twofold_arch::{Gfn, Level, Pferr};
 use twofold_mmu::nx_huge_pages::NX_SPLIT;
-use twofold_mmu::{Fault, FaultError, Outcome, PopulateError};
+use twofold_mmu::{Fault, FaultError, Outcome, PopulateError, PrefaultError};
 use twofold_table::{Entry, Height};
 
 impl<F: Processor> Machine<F> {
@@ -121,6 +121,85 @@ impl<F: Processor> Machine<F> {
         outcome
     }
 
+    /// The largest page that may be mapped around `gfn`, where the host has one at `frame` whose
+    /// size is `host_level`. A table that the mitigation has made is left alone.
+    fn choose_level(
+        &self,
+        slot: &Slot,
+        gfn: u64,
+        frame: u64,
+        host_level: Level,
+        path: &[(Level, u64)],
+    ) -> Level {
+        let may = |level: Level| {
+            let is_marked = self.reference.nx
+                && path.iter().any(|&(at, value)| {
+                    let is_table = matches!(F::decode(value, Height::from(at)), Entry::Table(_));
+                    at == level && is_table && value & NX_SPLIT != 0
+                });
+            level <= host_level
+                && !slot.logs()
+                && !is_marked
+                && slot.may_be_huge(gfn, level)
+                && (frame ^ gfn).is_multiple_of(level.frames())
+        };
+        let levels = [Level::L1G, Level::L2M];
+        levels
+            .into_iter()
+            .find(|&level| may(level))
+            .unwrap_or(Level::L4K)
+    }
+
+    pub(super) fn prefault(&mut self, role: usize, gfn: u64) {
+        let path = self.path(role, gfn);
+        let was_short = self.short_of_pages();
+        let refusal = *self.world.refuse.lock().unwrap();
+        let root = self.roots[role].as_ref().unwrap();
+        let gfns = Gfn::new(gfn)..Gfn::new(gfn + 1);
+        let outcome = self.mmu.prefault(&mut self.reader, root, gfns);
+        if outcome == Err(FaultError::OutOfMemory.into()) {
+            assert!(was_short, "there were pages");
+            return;
+        }
+        assert_eq!(outcome, self.expect_prefault(role, gfn, &path, refusal));
+    }
+
+    fn expect_prefault(
+        &mut self,
+        role: usize,
+        gfn: u64,
+        path: &[(Level, u64)],
+        refusal: Option<PopulateError>,
+    ) -> Result<u64, PrefaultError> {
+        let Some((_, slot)) = self.reference.slot_at(ROLES[role].as_id(), gfn) else {
+            return Err(PrefaultError::NoSlot);
+        };
+        let old = self.reference.get(role, gfn);
+        if old.is_some_and(|leaf| leaf.level > Level::L4K) {
+            return Ok(1);
+        }
+        match refusal {
+            Some(PopulateError::Again) => return Err(PrefaultError::Retry),
+            Some(PopulateError::Interrupted) => return Err(FaultError::Interrupted.into()),
+            Some(PopulateError::Poisoned) => return Err(FaultError::Poisoned.into()),
+            _ => {}
+        }
+        let host = self.world.host_state(slot.hva(gfn));
+        if !host.present {
+            return Err(FaultError::BadHostMemory.into());
+        }
+        let host_level = self.host_level(slot.host_page(gfn));
+        let level = self.choose_level(&slot, gfn, host.frame, host_level, path);
+        if old.is_none() || level > Level::L4K {
+            let write = host.writable && slot.flags & READONLY == 0;
+            let new = self
+                .reference
+                .prepared(host.frame, level, write, slot.logs());
+            self.reference.put_leaf(role, gfn, new);
+        }
+        Ok(1)
+    }
+
     /// What becomes of a fault that lacks nothing. `path` is what was there before.
     pub(super) fn expect_fault(
         &mut self,
@@ -183,27 +262,10 @@ impl<F: Processor> Machine<F> {
                 true => Level::L4K,
                 false => self.host_level(slot.host_page(gfn)),
             };
-            let may = |level: Level| {
-                level <= host_level
-                    && !slot.logs()
-                    && slot.may_be_huge(gfn, level)
-                    && (host.frame ^ gfn).is_multiple_of(level.frames())
+            let level = match access == Access::Fetch && self.reference.nx {
+                true => Level::L4K,
+                false => self.choose_level(&slot, gfn, host.frame, host_level, path),
             };
-            let levels = [Level::L1G, Level::L2M];
-            let mut level = levels.into_iter().find(|&level| may(level));
-            if access == Access::Fetch && self.reference.nx {
-                level = None;
-            }
-            // A table that the mitigation has made is left alone.
-            while let Some(at) = level
-                && self.reference.nx
-                && let Some(&(_, value)) = path.iter().find(|(other, _)| *other == at)
-                && matches!(F::decode(value, Height::from(at)), Entry::Table(_))
-                && value & NX_SPLIT != 0
-            {
-                level = at.below().filter(|at| *at != Level::L4K);
-            }
-            let level = level.unwrap_or(Level::L4K);
             match self.reference.get(role, gfn) {
                 Some(leaf) if leaf.level >= level && leaf.allows(access) => {
                     return Ok(Outcome::Spurious);

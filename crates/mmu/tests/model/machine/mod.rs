@@ -185,6 +185,7 @@ impl<F: Processor> Machine<F> {
                 access,
                 anyway,
             } => self.access(cpu, role, FRAMES[frame], access, anyway),
+            Op::Prefault { role, frame } => self.prefault(role, FRAMES[frame]),
             Op::HostChange {
                 as_id,
                 frame,
