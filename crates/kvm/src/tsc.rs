@@ -82,6 +82,18 @@ impl Sync {
         };
         offset
     }
+
+    /// A counter that runs at `khz` got an offset from the program while the scaled host counter
+    /// shows `scaled`.
+    pub(crate) fn note_offset(&self, khz: u32, offset: u64, scaled: u64) {
+        *self.0.lock() = LastWrite {
+            khz,
+            value: scaled.wrapping_add(offset),
+            scaled,
+            offset,
+            by_program: true,
+        };
+    }
 }
 
 fn measure() -> u32 {

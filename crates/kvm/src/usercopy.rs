@@ -46,6 +46,7 @@ plain!(
     kvm::kvm_create_guest_memfd,
     kvm::kvm_cpuid_entry2,
     kvm::kvm_debugregs,
+    kvm::kvm_device_attr,
     kvm::kvm_dirty_log,
     kvm::kvm_enable_cap,
     kvm::kvm_fpu,

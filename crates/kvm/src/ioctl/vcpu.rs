@@ -8,8 +8,8 @@ use crate::stats_file::StatsFile;
 use crate::usercopy::{Plain, read, read_slice, write};
 use crate::vcpu::{Vcpu, XSAVE_WORDS};
 use kvm_bindings::{
-    kvm_cpuid_entry, kvm_cpuid_entry2, kvm_enable_cap, kvm_interrupt, kvm_pre_fault_memory,
-    kvm_translation,
+    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_cpuid_entry, kvm_cpuid_entry2, kvm_device_attr,
+    kvm_enable_cap, kvm_interrupt, kvm_pre_fault_memory, kvm_translation,
 };
 use rustix::io::Errno;
 use std::sync::Arc;
@@ -90,6 +90,9 @@ fn other(vcpu: &Vcpu, request: u64, argument: usize) -> Reply {
             Err(Errno::INVAL)
         }
         KVM_KVMCLOCK_CTRL => Err(Errno::INVAL),
+        KVM_HAS_DEVICE_ATTR | KVM_GET_DEVICE_ATTR | KVM_SET_DEVICE_ATTR => {
+            attribute(vcpu, request, argument)
+        }
         KVM_GET_STATS_FD => {
             let (stats, file) = StatsFile::of_vcpu(vcpu.vm(), vcpu.core())?;
             Ok(descriptor::install(file, Object::Stats(Arc::new(stats))))
@@ -97,6 +100,21 @@ fn other(vcpu: &Vcpu, request: u64, argument: usize) -> Reply {
         _ if request >> 8 & 0xff != KVMIO => Err(Errno::INVAL),
         _ => Err(unknown("vCPU", request)),
     }
+}
+
+/// The only attribute of a vCPU: the offset of its time stamp counter. `ENXIO` for others.
+fn attribute(vcpu: &Vcpu, request: u64, argument: usize) -> Reply {
+    let attribute: kvm_device_attr = read(argument)?;
+    if attribute.group != KVM_VCPU_TSC_CTRL || attribute.attr != u64::from(KVM_VCPU_TSC_OFFSET) {
+        return Err(Errno::NXIO);
+    }
+    let place = attribute.addr as usize;
+    match request {
+        KVM_GET_DEVICE_ATTR => write(place, &vcpu.get_tsc_offset())?,
+        KVM_SET_DEVICE_ATTR => vcpu.set_tsc_offset(read(place)?),
+        _ => {}
+    }
+    Ok(0)
 }
 
 fn done(result: Result<(), Errno>) -> Reply {

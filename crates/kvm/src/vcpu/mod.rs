@@ -449,6 +449,22 @@ impl Vcpu {
         Ok(())
     }
 
+    /// The attribute `KVM_VCPU_TSC_OFFSET`: what is added to the host's scaled counter.
+    pub fn get_tsc_offset(&self) -> u64 {
+        self.state().cpu.msrs().tsc_offset
+    }
+
+    /// Sets the attribute `KVM_VCPU_TSC_OFFSET`.
+    pub fn set_tsc_offset(&self, offset: u64) {
+        let mut state = self.state();
+        let mut msrs = state.cpu.msrs();
+        msrs.tsc_offset = offset;
+        state.cpu.set_msrs(&msrs);
+        self.vm
+            .tsc_sync()
+            .note_offset(state.tsc_khz, offset, msrs.scaled_host_tsc());
+    }
+
     /// `KVM_SET_SIGNAL_MASK`: the signals that are blocked while the vCPU runs, or `None` for the
     /// thread's own.
     pub fn set_signal_mask(&self, mask: Option<u64>) {
