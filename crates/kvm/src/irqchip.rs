@@ -1,8 +1,9 @@
 //! The interrupt controllers that a program may ask the kernel for.
 //!
 //! They are accepted, and their state can be set and read back, because programs create them for
-//! guests that never use them. They deliver nothing: a guest that halts to wait for an interrupt,
-//! or touches a controller, ends in `KVM_EXIT_INTERNAL_ERROR` with a log line.
+//! guests that hardly use them. A local APIC in x2APIC mode delivers what its own vCPU sends to
+//! itself; nothing else is delivered: a guest that halts to wait for an interrupt, or touches
+//! another controller, ends in `KVM_EXIT_INTERNAL_ERROR` with a log line.
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip, kvm_pit_state2,
