@@ -6,24 +6,8 @@ set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 target=${CARGO_TARGET_DIR:-$here/../../target}
 folder=$target/arm64-kernel
-
-if [ ! -e "$folder/complete" ]; then
-    command -v apt-get >/dev/null || { echo "original.sh: needs Debian's packages" >&2; exit 1; }
-    rm -rf "$folder"
-    mkdir -p "$folder/lists/partial"
-    apt="-o Dir::State::lists=$folder/lists -o APT::Architectures::=amd64
-        -o APT::Architectures::=arm64 -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache="
-    # shellcheck disable=SC2086 # lists of words
-    apt-get -qq $apt update >/dev/null
-    # shellcheck disable=SC2086
-    package=$(apt-cache $apt depends linux-image-arm64:arm64 |
-        sed -n 's/.*Depends: \(linux-image-[^ ]*\).*/\1/p' | head -n 1)
-    # shellcheck disable=SC2086
-    (cd "$folder" && apt-get -qq $apt download "$package" >/dev/null && dpkg -x ./*.deb .)
-    rm -rf "$folder/lists" "$folder"/*.deb "$folder/lib"
-    touch "$folder/complete"
-fi
-kernel=$(echo "$folder"/boot/vmlinuz-*)
+. "$here/kernel.sh"
+kernel=$(debian_kernel "$folder") || { echo "original.sh: no kernel to be had" >&2; exit 1; }
 (cd "$here/../.." && CARGO_TARGET_DIR=$target cargo build --quiet -p twofold-pkvm --example original)
 
 port=${TWOFOLD_DEBUG_PORT:-3941}

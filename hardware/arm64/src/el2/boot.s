@@ -51,7 +51,7 @@ common:
     bl rust_main
     b .
 
-// Identity: the first GiB is devices; memory's 128 MiB are pages, so that single ones can be taken
+// Identity: the first GiB is devices; memory's 512 MiB are pages, so that single ones can be taken
 // out. Only the hypervisor's own and the pages that the Rust side asks for are valid.
 build_identity:
     ldr x0, =el2_level1
@@ -61,7 +61,7 @@ build_identity:
     orr x2, x1, #3
     str x2, [x0, #8]
     ldr x2, =el2_level3
-    mov x3, #64
+    mov x3, #256
 1:  orr x4, x2, #3
     str x4, [x1], #8
     add x2, x2, #4096
@@ -249,4 +249,4 @@ save:
 el2_level1: .space 4096
 el2_level2: .space 4096
 .global el2_level3
-el2_level3: .space 64 * 4096
+el2_level3: .space 256 * 4096

@@ -12,10 +12,10 @@ use twofold_arch::{Gpa, Hfn, Hpa, PAGE_SIZE};
 use twofold_pkvm::platform::{Platform, Vmid};
 use twofold_table::PageAccess;
 
-/// Memory of the machine, started with `-m 128`.
+/// Memory of the machine, started with `-m 512`.
 pub(crate) const RAM_START: u64 = 0x4000_0000;
 /// Its pages.
-pub(crate) const RAM_PAGES: u64 = 128 << 20 >> 12;
+pub(crate) const RAM_PAGES: u64 = 512 << 20 >> 12;
 
 unsafe extern "C" {
     static el2_level3: [AtomicU64; RAM_PAGES as usize];

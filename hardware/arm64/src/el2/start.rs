@@ -15,6 +15,7 @@ use twofold_arch::stage2::{Stage2Caps, vtcr, vttbr};
 use twofold_arch::{Hfn, Hpa};
 use twofold_pkvm::hypercall::REGISTERS;
 use twofold_pkvm::matrix;
+use twofold_pkvm::platform::Platform;
 use twofold_pkvm::run::Exit;
 use twofold_pkvm::{Config, HostFault, Hypervisor, PageMap, PageRecord, Pages, Region, Registers};
 
@@ -29,6 +30,9 @@ unsafe extern "C" {
 
 /// Where the host begins: it is loaded as a program of its own.
 const HOST_ENTRY: u64 = 0x4400_0000;
+/// Where a Linux kernel and its device tree are, if the host is one.
+const LINUX: u64 = 0x4800_0000;
+const LINUX_DEVICE_TREE: u64 = 0x47e0_0000;
 /// Pages for the matrix, which are the host's later.
 const MATRIX_PAGES: u64 = 0x4600_0000;
 /// What is known of every page.
@@ -54,8 +58,12 @@ static DENIED: AtomicU64 = AtomicU64::new(0);
 static SECOND_ENTRY: AtomicU64 = AtomicU64::new(0);
 static SECOND_ARGUMENT: AtomicU64 = AtomicU64::new(0);
 static SECOND_STARTED: AtomicBool = AtomicBool::new(false);
+static LINUX_HOST: AtomicBool = AtomicBool::new(false);
 
 const PSCI_SYSTEM_OFF: u64 = 0x8400_0008;
+const PSCI_VERSION: u64 = 0x8400_0000;
+const PSCI_MIGRATE_INFO_TYPE: u64 = 0x8400_0006;
+const PSCI_FEATURES: u64 = 0x8400_000a;
 const PSCI_CPU_ON: u64 = 0xc400_0003;
 
 /// A call of this image's own: the audit. x1 = pages of guests, x2 = the hypervisor's, x3 = faults
@@ -197,7 +205,11 @@ extern "C" fn rust_main(processor: u64) -> ! {
             options(nostack)
         )
     };
-    let mut host = if processor == 0 {
+    let mut host = if processor == 0 && is_linux() {
+        LINUX_HOST.store(true, Ordering::Relaxed);
+        say!("el2: the host is a Linux kernel");
+        Registers::entry(LINUX, LINUX_DEVICE_TREE)
+    } else if processor == 0 {
         // SAFETY: the symbol's address is all that is used.
         Registers::entry(HOST_ENTRY, unsafe { address_of(&__own_start) })
     } else {
@@ -208,6 +220,16 @@ extern "C" fn rust_main(processor: u64) -> ! {
         let exit = enter(&mut host);
         serve(hypervisor, &mut host, exit);
     }
+}
+
+/// Whether a Linux kernel was loaded: its header has a mark.
+fn is_linux() -> bool {
+    let page = Hpa::new(LINUX).frame();
+    Machine.map(page);
+    // SAFETY: memory of the machine, mapped above, and nobody writes there yet.
+    let mark = unsafe { ((LINUX + 56) as *const u32).read_volatile() };
+    Machine.unmap(page);
+    mark == u32::from_le_bytes(*b"ARM\x64")
 }
 
 fn serve(hypervisor: &Hypervisor<'static, Machine>, host: &mut Registers, exit: Exit) {
@@ -233,8 +255,13 @@ fn serve(hypervisor: &Hypervisor<'static, Machine>, host: &mut Registers, exit: 
         0x17 => {
             host.pc += 4;
             host.x[0] = match host.x[0] {
+                // The status is 0 for whoever knows nothing of it.
                 PSCI_SYSTEM_OFF => power_off(host.x[1]),
                 PSCI_CPU_ON => start_second(host),
+                // What only tells something may be asked.
+                PSCI_VERSION | PSCI_FEATURES | PSCI_MIGRATE_INFO_TYPE => {
+                    firmware(host.x[0], host.x[1], host.x[2], host.x[3])
+                }
                 _ => u64::MAX,
             };
         }
@@ -275,11 +302,21 @@ fn start_second(host: &Registers) -> u64 {
 }
 
 /// Gives the host the abort as if its own translation had caused it: the same syndrome, marked as a
-/// fault of a walk, which its own tables never cause.
+/// fault of a walk, which its own tables never cause. A kernel that does not know the mark (Debian's
+/// 6.1) takes it for a fault that it has served already and tries again for ever, so Linux gets
+/// what every kernel understands: an external abort.
 fn inject(host: &mut Registers, syndrome: u64, far: u64) {
+    const MARK: u64 = 1 << 7;
+    const STATUS: u64 = 0x3f;
+    const EXTERNAL_ABORT: u64 = 0x10;
     let from_el1 = host.pstate >> 2 & 3 == 1;
     let own_class = if from_el1 { 1 << 26 } else { 0 };
-    write!("esr_el1", (syndrome | 1 << 7) + own_class);
+    let syndrome = if LINUX_HOST.load(Ordering::Relaxed) {
+        syndrome & !(MARK | STATUS) | EXTERNAL_ABORT
+    } else {
+        syndrome | MARK
+    };
+    write!("esr_el1", syndrome + own_class);
     write!("far_el1", far);
     write!("elr_el1", host.pc);
     write!("spsr_el1", host.pstate);
