@@ -2,10 +2,10 @@
 
 CARGO ?= cargo
 
-.PHONY: help build run test check unit interleavings conformance hardware hardware-arm64 bench bench-instructions model fuzz verify-cpu clean
+.PHONY: help build run test check unit interleavings conformance hardware hardware-arm64 hardware-arm64-linux bench bench-instructions model fuzz verify-cpu clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## build the command and libtwofold.so in release mode
 	$(CARGO) build --release --quiet -p twofold -p twofold-preload -p hello -p private
@@ -20,6 +20,7 @@ run: build ## run examples/hello on the software KVM and print a summary
 
 test: check unit interleavings conformance ## every test of the project: what CI runs
 	@$(MAKE) --no-print-directory hardware HARDWARE=--if-available
+	@$(MAKE) --no-print-directory hardware-arm64 HARDWARE=--if-available
 
 check: ## formatting and clippy, warnings are errors
 	$(CARGO) fmt --all --check
@@ -46,7 +47,12 @@ hardware: ## the tables on processors of Bochs and QEMU, in a table
 	hardware/run.sh $(HARDWARE)
 
 hardware-arm64: ## the protected hypervisor and its host on QEMU's arm64 model
-	hardware/arm64/run.sh
+	cd hardware/arm64 && $(CARGO) fmt --check
+	hardware/arm64/run.sh $(HARDWARE)
+
+hardware-arm64-linux: ## Linux as the host below the hypervisor; the original's tables decoded
+	hardware/arm64/linux.sh
+	hardware/arm64/original.sh
 
 bench: build ## figures beside what they are compared with; BENCH="zap map" for some of them
 	$(CARGO) build --release --quiet -p twofold-bench
