@@ -278,10 +278,8 @@ fn serve(hypervisor: &Hypervisor<'static, Machine>, host: &mut Registers, exit: 
                 }
             }
         }
-        class => panic!(
-            "the host does something that nobody emulates: class {class:#x} at {:#x}",
-            host.pc
-        ),
+        // Anything else that comes here is something that this processor can do and the host may not.
+        _ => inject_undefined(host),
     }
 }
 
@@ -316,12 +314,24 @@ fn inject(host: &mut Registers, syndrome: u64, far: u64) {
     } else {
         syndrome | MARK
     };
-    write!("esr_el1", syndrome + own_class);
     write!("far_el1", far);
+    take_exception(host, syndrome + own_class);
+}
+
+/// The host's instruction is undefined.
+fn inject_undefined(host: &mut Registers) {
+    const LENGTH: u64 = 1 << 25;
+    take_exception(host, LENGTH);
+}
+
+/// What the processor does when EL1 takes an exception.
+fn take_exception(host: &mut Registers, syndrome: u64) {
+    write!("esr_el1", syndrome);
     write!("elr_el1", host.pc);
     write!("spsr_el1", host.pstate);
+    let from_el1 = host.pstate >> 2 & 3 == 1;
     let offset = if from_el1 { 0x200 } else { 0x400 };
-    host.pc = read!("vbar_el1") + offset;
+    host.pc = read!("vbar_el1").wrapping_add(offset);
     host.pstate = 0x3c5;
 }
 

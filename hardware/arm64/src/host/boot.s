@@ -67,6 +67,14 @@ probe_store:
     mov x0, x2
     ret
 
+// Executes an instruction of SVE, which the hypervisor keeps from the host: x1 = whether it could.
+.global probe_forbidden
+probe_forbidden:
+    mov x1, #1
+probe_instruction:
+    .inst 0x04bf5020            // rdvl x0, #1
+    ret
+
 .macro host_entry target
     .balign 128
     b \target
@@ -89,6 +97,9 @@ at_el1:
     cmp x9, x10
     b.eq 1f
     ldr x10, =probe_store
+    cmp x9, x10
+    b.eq 1f
+    ldr x10, =probe_instruction
     cmp x9, x10
     b.ne unexpected
 1:  mov x1, #0

@@ -16,6 +16,7 @@ struct Outcome {
 unsafe extern "C" {
     fn probe_read(address: u64) -> Outcome;
     fn probe_write(address: u64, value: u64) -> u64;
+    fn probe_forbidden() -> Outcome;
     static last_syndrome: u64;
 }
 
@@ -37,4 +38,10 @@ pub(crate) fn write(address: u64, value: u64) -> bool {
 pub(crate) fn syndrome() -> u64 {
     // SAFETY: written by this processor's handler; a word.
     unsafe { (&raw const last_syndrome).read_volatile() }
+}
+
+/// Whether an instruction that the host may not use is executed.
+pub(crate) fn forbidden() -> bool {
+    // SAFETY: changes x0 at most; the exception is caught.
+    unsafe { probe_forbidden() }.done != 0
 }

@@ -112,6 +112,10 @@ extern "C" fn rust_main(processor: u64, hypervisor: u64) -> ! {
         probe::syndrome()
     );
     check!(!probe::write(hypervisor + 0x1000, 0), "writing it too");
+    check!(
+        !probe::forbidden(),
+        "an instruction that the hypervisor keeps for itself is undefined"
+    );
     let entry = second_entry as *const () as u64;
     let two = start_second(entry) == 0;
     if two {
