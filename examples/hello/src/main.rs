@@ -14,7 +14,6 @@
 //! ```
 
 mod guest;
-mod memory;
 
 use std::fs;
 use std::io::{self, Write};
@@ -22,10 +21,9 @@ use std::os::fd::AsRawFd;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment};
+use example_parts::{Memory, enter_long_mode};
+use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
-
-use crate::memory::Memory;
 
 const LOW_MEMORY_SIZE: usize = 2 << 20;
 const GIB: usize = 1 << 30;
@@ -69,7 +67,7 @@ fn run() -> Result<()> {
 
     let mut vcpu = vm.create_vcpu(0).context("cannot create a vCPU")?;
     vcpu.set_cpuid2(&kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?)?;
-    enter_long_mode(&vcpu)?;
+    enter_long_mode(&vcpu, PML4, guest::LOAD_ADDRESS, LOW_MEMORY_SIZE as u64)?;
     run_until_halt(&mut vcpu)?;
 
     let verdict = vcpu.get_regs()?.rax;
@@ -113,57 +111,6 @@ fn write_page_tables(memory: &Memory) -> Result<()> {
             )?;
         }
     }
-    Ok(())
-}
-
-/// Puts the vCPU where a boot loader would leave it: flat 64-bit segments, paging on, at the first
-/// instruction of the image.
-fn enter_long_mode(vcpu: &VcpuFd) -> Result<()> {
-    const CR0_PE_ET_NE_WP_PG: u64 = 1 | 1 << 4 | 1 << 5 | 1 << 16 | 1 << 31;
-    const CR4_PAE: u64 = 1 << 5;
-    const EFER_LME_LMA: u64 = 1 << 8 | 1 << 10;
-
-    let code = kvm_segment {
-        selector: 0x08,
-        type_: 0b1011, // execute, read, accessed
-        present: 1,
-        s: 1,
-        l: 1,
-        g: 1,
-        limit: u32::MAX,
-        ..Default::default()
-    };
-    let data = kvm_segment {
-        selector: 0x10,
-        type_: 0b0011, // read, write, accessed
-        l: 0,
-        db: 1,
-        ..code
-    };
-    let mut sregs = vcpu.get_sregs()?;
-    sregs.cs = code;
-    for segment in [
-        &mut sregs.ds,
-        &mut sregs.es,
-        &mut sregs.fs,
-        &mut sregs.gs,
-        &mut sregs.ss,
-    ] {
-        *segment = data;
-    }
-    sregs.cr0 = CR0_PE_ET_NE_WP_PG;
-    sregs.cr3 = PML4;
-    sregs.cr4 = CR4_PAE;
-    sregs.efer = EFER_LME_LMA;
-    vcpu.set_sregs(&sregs)
-        .context("KVM refuses the system registers")?;
-
-    vcpu.set_regs(&kvm_regs {
-        rip: guest::LOAD_ADDRESS,
-        rsp: LOW_MEMORY_SIZE as u64,
-        rflags: 1 << 1, // always set
-        ..Default::default()
-    })?;
     Ok(())
 }
 

@@ -11,21 +11,22 @@
 //!         1 GiB + 2 MiB  a page without a private half
 //! ```
 
+mod file;
 mod guest;
-mod memory;
 
 use std::os::fd::RawFd;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
+use example_parts::{Memory, enter_long_mode};
 use kvm_bindings::{
     KVM_CAP_EXIT_HYPERCALL, KVM_CAP_VM_TYPES, KVM_MAX_CPUID_ENTRIES, KVM_MEMORY_ATTRIBUTE_PRIVATE,
     KVM_MEMORY_EXIT_FLAG_PRIVATE, KVM_X86_SW_PROTECTED_VM, kvm_create_guest_memfd, kvm_enable_cap,
-    kvm_memory_attributes, kvm_regs, kvm_segment,
+    kvm_memory_attributes,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
-use crate::memory::{Memory, cannot_map, punch_hole};
+use crate::file::{cannot_map, punch_hole};
 
 const LOW_MEMORY_SIZE: usize = 2 << 20;
 const PAGE: u64 = 4096;
@@ -89,9 +90,9 @@ fn run() -> Result<()> {
             ..Default::default()
         })
         .context("cannot create a guest memory file")?;
-    low.add_to(&vm, 0, None)?;
-    data.add_to(&vm, 1, Some(guest_memfd))?;
-    foreign.add_to(&vm, 2, None)?;
+    low.add_to(&vm, 0)?;
+    data.add_with_private_half(&vm, 1, guest_memfd)?;
+    foreign.add_to(&vm, 2)?;
     match cannot_map(guest_memfd) {
         Some(reason) => println!("the guest memory file cannot be mapped: {reason}"),
         None => bail!("the guest memory file can be mapped"),
@@ -105,7 +106,7 @@ fn run() -> Result<()> {
     machine.set_private(guest::FOREIGN, 1, true)?;
     let mut vcpu = machine.vm.create_vcpu(0).context("cannot create a vCPU")?;
     vcpu.set_cpuid2(&kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?)?;
-    enter_long_mode(&vcpu)?;
+    enter_long_mode(&vcpu, PML4, guest::LOAD_ADDRESS, LOW_MEMORY_SIZE as u64)?;
     machine.run_until_halt(&mut vcpu)?;
     let verdict = vcpu.get_regs()?.rax;
     ensure!(verdict == 0, "the guest stopped at its step {verdict}");
@@ -200,56 +201,5 @@ fn write_page_tables(memory: &Memory) -> Result<()> {
     ] {
         memory.write(address, &entry.to_le_bytes())?;
     }
-    Ok(())
-}
-
-/// Puts the vCPU where a boot loader would leave it: flat 64-bit segments, paging on, at the first
-/// instruction of the image.
-fn enter_long_mode(vcpu: &VcpuFd) -> Result<()> {
-    const CR0_PE_ET_NE_WP_PG: u64 = 1 | 1 << 4 | 1 << 5 | 1 << 16 | 1 << 31;
-    const CR4_PAE: u64 = 1 << 5;
-    const EFER_LME_LMA: u64 = 1 << 8 | 1 << 10;
-
-    let code = kvm_segment {
-        selector: 0x08,
-        type_: 0b1011, // execute, read, accessed
-        present: 1,
-        s: 1,
-        l: 1,
-        g: 1,
-        limit: u32::MAX,
-        ..Default::default()
-    };
-    let data = kvm_segment {
-        selector: 0x10,
-        type_: 0b0011, // read, write, accessed
-        l: 0,
-        db: 1,
-        ..code
-    };
-    let mut sregs = vcpu.get_sregs()?;
-    sregs.cs = code;
-    for segment in [
-        &mut sregs.ds,
-        &mut sregs.es,
-        &mut sregs.fs,
-        &mut sregs.gs,
-        &mut sregs.ss,
-    ] {
-        *segment = data;
-    }
-    sregs.cr0 = CR0_PE_ET_NE_WP_PG;
-    sregs.cr3 = PML4;
-    sregs.cr4 = CR4_PAE;
-    sregs.efer = EFER_LME_LMA;
-    vcpu.set_sregs(&sregs)
-        .context("KVM refuses the system registers")?;
-
-    vcpu.set_regs(&kvm_regs {
-        rip: guest::LOAD_ADDRESS,
-        rsp: LOW_MEMORY_SIZE as u64,
-        rflags: 1 << 1, // always set
-        ..Default::default()
-    })?;
     Ok(())
 }

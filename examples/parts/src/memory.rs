@@ -8,15 +8,18 @@
 #![expect(unsafe_code)]
 
 use std::io;
+use std::os::fd::RawFd;
 use std::ptr::{self, NonNull};
 
 use anyhow::{Context, Result, ensure};
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{
+    KVM_MEM_GUEST_MEMFD, kvm_userspace_memory_region, kvm_userspace_memory_region2,
+};
 use kvm_ioctls::VmFd;
 
 /// A piece of guest-physical memory.
 #[derive(Debug)]
-pub(crate) struct Memory {
+pub struct Memory {
     guest_address: u64,
     host_address: NonNull<u8>,
     size: usize,
@@ -27,7 +30,7 @@ impl Memory {
     ///
     /// # Errors
     /// The host has no address space left.
-    pub(crate) fn map(guest_address: u64, size: usize) -> Result<Self> {
+    pub fn map(guest_address: u64, size: usize) -> Result<Self> {
         // SAFETY: a new anonymous mapping at an address of the kernel's choice replaces nothing.
         let mapping = unsafe {
             libc::mmap(
@@ -56,7 +59,7 @@ impl Memory {
     ///
     /// # Errors
     /// KVM refuses the slot: it overlaps another one, or is not aligned to pages.
-    pub(crate) fn add_to(&self, vm: &VmFd, slot: u32) -> Result<()> {
+    pub fn add_to(&self, vm: &VmFd, slot: u32) -> Result<()> {
         let region = kvm_userspace_memory_region {
             slot,
             flags: 0,
@@ -73,11 +76,32 @@ impl Memory {
         })
     }
 
+    /// [`add_to`](Self::add_to) with the beginning of the guest memory file `guest_memfd` as the
+    /// slot's private half.
+    ///
+    /// # Errors
+    /// KVM refuses the slot.
+    pub fn add_with_private_half(&self, vm: &VmFd, slot: u32, guest_memfd: RawFd) -> Result<()> {
+        let region = kvm_userspace_memory_region2 {
+            slot,
+            flags: KVM_MEM_GUEST_MEMFD,
+            guest_phys_addr: self.guest_address,
+            memory_size: self.size as u64,
+            userspace_addr: self.host_address.as_ptr() as u64,
+            guest_memfd_offset: 0,
+            guest_memfd: guest_memfd as u32,
+            ..Default::default()
+        };
+        // SAFETY: the region is this value's mapping, which outlives the VM as documented.
+        unsafe { vm.set_user_memory_region2(region) }
+            .with_context(|| format!("KVM refuses the slot at {:#x}", self.guest_address))
+    }
+
     /// Copies `bytes` to guest-physical `address`.
     ///
     /// # Errors
     /// The bytes do not fit into this memory.
-    pub(crate) fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
+    pub fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
         let to = self.host_pointer(address, bytes.len())?;
         // SAFETY: `host_pointer` checked that all of the range lies in the mapping, and the slice
         // cannot overlap it because no reference into the mapping exists.
@@ -89,10 +113,34 @@ impl Memory {
     ///
     /// # Errors
     /// They do not lie in this memory.
-    pub(crate) fn read_u64(&self, address: u64) -> Result<u64> {
+    pub fn read_u64(&self, address: u64) -> Result<u64> {
         let from = self.host_pointer(address, size_of::<u64>())?;
         // SAFETY: `host_pointer` checked the range; every bit pattern is a number.
         Ok(unsafe { from.cast::<u64>().read_unaligned() })
+    }
+
+    /// A copy of the 4096 bytes at guest-physical `address`.
+    ///
+    /// # Errors
+    /// They do not lie in this memory.
+    pub fn page(&self, address: u64) -> Result<[u8; 4096]> {
+        let from = self.host_pointer(address, 4096)?;
+        // SAFETY: `host_pointer` checked the range; every bit pattern is an array of bytes.
+        Ok(unsafe { from.cast::<[u8; 4096]>().read_unaligned() })
+    }
+
+    /// Gives the pages from guest-physical `address` on back to the system; they are zeros from
+    /// now on.
+    ///
+    /// # Errors
+    /// They do not lie in this memory.
+    pub fn discard(&self, address: u64, len: u64) -> Result<()> {
+        let start = self.host_pointer(address, len as usize)?;
+        // SAFETY: pages of this value's own mapping, by `host_pointer`.
+        if unsafe { libc::madvise(start.cast(), len as usize, libc::MADV_DONTNEED) } != 0 {
+            return Err(io::Error::last_os_error()).context("cannot discard shared memory");
+        }
+        Ok(())
     }
 
     fn host_pointer(&self, address: u64, len: usize) -> Result<*mut u8> {

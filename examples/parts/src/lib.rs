@@ -1,0 +1,8 @@
+//! What the small VMMs in `examples/` have in common. Like them it is written in the ordinary calls
+//! of the KVM API.
+
+mod long_mode;
+mod memory;
+
+pub use long_mode::enter_long_mode;
+pub use memory::Memory;
