@@ -5,10 +5,16 @@
 //! itself; nothing else is delivered: a guest that halts to wait for an interrupt, or touches
 //! another controller, ends in `KVM_EXIT_INTERNAL_ERROR` with a log line.
 
+use crate::vm::Vm;
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip, kvm_pit_state2,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQFD_FLAG_DEASSIGN,
+    KVM_IRQFD_FLAG_RESAMPLE, kvm_irqchip, kvm_irqfd, kvm_pit_state2,
 };
 use rustix::io::Errno;
+use std::sync::atomic::Ordering;
+
+/// Routes that `KVM_SET_GSI_ROUTING` takes (`KVM_MAX_IRQ_ROUTES`).
+const MAX_IRQ_ROUTES: u32 = 4096;
 
 /// Which controllers the hypervisor has to provide.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -113,5 +119,114 @@ pub(crate) fn owns_memory(model: Model, apic_base: u64, address: u64) -> bool {
         Model::Kernel => {
             page == 0xfec0_0000 || apic_base & ENABLED != 0 && page == apic_base & !0xfff
         }
+    }
+}
+
+impl Vm {
+    /// `KVM_CREATE_IRQCHIP`
+    ///
+    /// # Errors
+    /// `EEXIST` if there is one, `EINVAL` once there are vCPUs.
+    pub fn create_irqchip(&self) -> Result<(), Errno> {
+        self.create_irqchip_model(Model::Kernel)
+    }
+
+    pub(crate) fn create_irqchip_model(&self, model: Model) -> Result<(), Errno> {
+        let mut config = self.config.lock();
+        let has_vcpus = !config.vcpus.is_empty();
+        config.irqchip.create(model, has_vcpus)?;
+        let number = if model == Model::Kernel { 1 } else { 2 };
+        self.irqchip_model.store(number, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// `KVM_GET_IRQCHIP`
+    ///
+    /// # Errors
+    /// `ENXIO` without in-kernel controllers, `EINVAL` for an unknown one.
+    pub fn get_irqchip(&self, id: u32) -> Result<kvm_irqchip, Errno> {
+        self.config.lock().irqchip.chip(id)
+    }
+
+    /// `KVM_SET_IRQCHIP`
+    ///
+    /// # Errors
+    /// As [`Self::get_irqchip`].
+    pub fn set_irqchip(&self, chip: &kvm_irqchip) -> Result<(), Errno> {
+        self.config.lock().irqchip.set_chip(chip)
+    }
+
+    /// `KVM_CREATE_PIT2`
+    ///
+    /// # Errors
+    /// `EEXIST` if there is one, `ENOENT` without in-kernel PICs.
+    pub fn create_pit(&self) -> Result<(), Errno> {
+        self.config.lock().irqchip.create_pit()?;
+        self.pit.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// `KVM_GET_PIT2`
+    ///
+    /// # Errors
+    /// `ENXIO` if there is none.
+    pub fn get_pit(&self) -> Result<kvm_pit_state2, Errno> {
+        self.config.lock().irqchip.pit()
+    }
+
+    /// `KVM_SET_PIT2`
+    ///
+    /// # Errors
+    /// `ENXIO` if there is none.
+    pub fn set_pit(&self, state: &kvm_pit_state2) -> Result<(), Errno> {
+        self.config.lock().irqchip.set_pit(state)
+    }
+
+    /// `KVM_IRQ_LINE`: the level of a line of an in-kernel controller, which delivers nothing.
+    ///
+    /// # Errors
+    /// `ENXIO` without an in-kernel controller.
+    pub fn irq_line(&self, irq: u32, level: bool) -> Result<(), Errno> {
+        if self.irqchip_model() == Model::None {
+            return Err(Errno::NXIO);
+        }
+        if level {
+            tracing::warn!(
+                irq,
+                "an interrupt for the in-kernel controller is not delivered"
+            );
+        }
+        Ok(())
+    }
+
+    /// `KVM_SET_GSI_ROUTING`: checked; there is nothing to route.
+    ///
+    /// # Errors
+    /// `EINVAL` without an in-kernel controller, for more than 4096 routes, and for flags.
+    pub fn set_gsi_routing(&self, routes: u32, flags: u32) -> Result<(), Errno> {
+        if self.irqchip_model() == Model::None || routes > MAX_IRQ_ROUTES || flags != 0 {
+            return Err(Errno::INVAL);
+        }
+        Ok(())
+    }
+
+    /// `KVM_IRQFD`: interrupts from eventfds need an interrupt controller that delivers them.
+    ///
+    /// # Errors
+    /// `EINVAL` for unknown flags, and for every attempt to attach one: without an in-kernel
+    /// controller as in KVM, with it since it delivers none. There is never one to detach, which is
+    /// no error.
+    pub fn irqfd(&self, request: &kvm_irqfd) -> Result<(), Errno> {
+        if request.flags & !(KVM_IRQFD_FLAG_DEASSIGN | KVM_IRQFD_FLAG_RESAMPLE) != 0 {
+            return Err(Errno::INVAL);
+        }
+        if request.flags & KVM_IRQFD_FLAG_DEASSIGN != 0 {
+            return Ok(());
+        }
+        tracing::warn!(
+            gsi = request.gsi,
+            "irqfd needs an interrupt controller that is not emulated"
+        );
+        Err(Errno::INVAL)
     }
 }

@@ -14,10 +14,7 @@ use crate::vcpu::{Vcpu, VcpuCore};
 use crate::vm_type::VmType;
 use crate::{cpuid, tsc};
 use kvm_bindings as kvm;
-use kvm_bindings::{
-    kvm_clock_data, kvm_coalesced_mmio_zone, kvm_enable_cap, kvm_ioeventfd, kvm_irqchip, kvm_irqfd,
-    kvm_pit_state2,
-};
+use kvm_bindings::{kvm_clock_data, kvm_coalesced_mmio_zone, kvm_enable_cap, kvm_ioeventfd};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::thread::CapabilitySet;
@@ -39,14 +36,12 @@ bitflags::bitflags! {
 const MIN_MMU_PAGES: u64 = 64;
 /// Pins that a split interrupt controller may reserve (`MAX_NR_RESERVED_IOAPIC_PINS`).
 const MAX_RESERVED_PINS: u64 = 4096;
-/// Routes that `KVM_SET_GSI_ROUTING` takes (`KVM_MAX_IRQ_ROUTES`).
-const MAX_IRQ_ROUTES: u32 = 4096;
 
 /// A virtual machine. It lives until the last descriptor, vCPU or statistics file that refers to
 /// it is gone.
 pub struct Vm {
     /// Before `tables`, so that the vCPUs' readers and roots go before the MMU.
-    config: Mutex<Config>,
+    pub(crate) config: Mutex<Config>,
     tables: Tables,
     /// After `tables`: addresses that slots may refer to.
     reservations: Mutex<Vec<Arc<Reservation>>>,
@@ -58,7 +53,7 @@ pub struct Vm {
     process: u32,
     started: Instant,
     /// A copy of the configuration that running vCPUs look at.
-    irqchip_model: AtomicU8,
+    pub(crate) irqchip_model: AtomicU8,
     boot_cpu_id: AtomicU32,
     exception_payload: AtomicBool,
     /// `KVM_MSR_EXIT_REASON_*` that leave the guest.
@@ -70,7 +65,7 @@ pub struct Vm {
     /// Keeps the vCPUs' time stamp counters in step.
     tsc_sync: tsc::Sync,
     hypercall_exits: AtomicU32,
-    pit: AtomicBool,
+    pub(crate) pit: AtomicBool,
     /// 0 for the host's rate.
     tsc_khz: AtomicU32,
     /// Nanoseconds to add to the time since `started`; wraps.
@@ -81,9 +76,9 @@ pub struct Vm {
 
 /// What changes rarely, under one lock (KVM's `kvm->lock`).
 #[derive(Default)]
-struct Config {
-    vcpus: Vec<Arc<VcpuCore>>,
-    irqchip: Irqchip,
+pub(crate) struct Config {
+    pub(crate) vcpus: Vec<Arc<VcpuCore>>,
+    pub(crate) irqchip: Irqchip,
     mmu_pages: u64,
     /// The limit of vCPU ids that the program set.
     max_vcpu_ids: Option<u32>,
@@ -367,113 +362,6 @@ impl Vm {
         }
         config.max_vcpu_ids = Some(limit);
         Ok(())
-    }
-
-    /// `KVM_CREATE_IRQCHIP`
-    ///
-    /// # Errors
-    /// `EEXIST` if there is one, `EINVAL` once there are vCPUs.
-    pub fn create_irqchip(&self) -> Result<(), Errno> {
-        self.create_irqchip_model(Model::Kernel)
-    }
-
-    fn create_irqchip_model(&self, model: Model) -> Result<(), Errno> {
-        let mut config = self.config.lock();
-        let has_vcpus = !config.vcpus.is_empty();
-        config.irqchip.create(model, has_vcpus)?;
-        let number = if model == Model::Kernel { 1 } else { 2 };
-        self.irqchip_model.store(number, Ordering::Relaxed);
-        Ok(())
-    }
-
-    /// `KVM_GET_IRQCHIP`
-    ///
-    /// # Errors
-    /// `ENXIO` without in-kernel controllers, `EINVAL` for an unknown one.
-    pub fn get_irqchip(&self, id: u32) -> Result<kvm_irqchip, Errno> {
-        self.config.lock().irqchip.chip(id)
-    }
-
-    /// `KVM_SET_IRQCHIP`
-    ///
-    /// # Errors
-    /// As [`Self::get_irqchip`].
-    pub fn set_irqchip(&self, chip: &kvm_irqchip) -> Result<(), Errno> {
-        self.config.lock().irqchip.set_chip(chip)
-    }
-
-    /// `KVM_CREATE_PIT2`
-    ///
-    /// # Errors
-    /// `EEXIST` if there is one, `ENOENT` without in-kernel PICs.
-    pub fn create_pit(&self) -> Result<(), Errno> {
-        self.config.lock().irqchip.create_pit()?;
-        self.pit.store(true, Ordering::Relaxed);
-        Ok(())
-    }
-
-    /// `KVM_GET_PIT2`
-    ///
-    /// # Errors
-    /// `ENXIO` if there is none.
-    pub fn get_pit(&self) -> Result<kvm_pit_state2, Errno> {
-        self.config.lock().irqchip.pit()
-    }
-
-    /// `KVM_SET_PIT2`
-    ///
-    /// # Errors
-    /// `ENXIO` if there is none.
-    pub fn set_pit(&self, state: &kvm_pit_state2) -> Result<(), Errno> {
-        self.config.lock().irqchip.set_pit(state)
-    }
-
-    /// `KVM_IRQ_LINE`: the level of a line of an in-kernel controller, which delivers nothing.
-    ///
-    /// # Errors
-    /// `ENXIO` without an in-kernel controller.
-    pub fn irq_line(&self, irq: u32, level: bool) -> Result<(), Errno> {
-        if self.irqchip_model() == Model::None {
-            return Err(Errno::NXIO);
-        }
-        if level {
-            tracing::warn!(
-                irq,
-                "an interrupt for the in-kernel controller is not delivered"
-            );
-        }
-        Ok(())
-    }
-
-    /// `KVM_SET_GSI_ROUTING`: checked; there is nothing to route.
-    ///
-    /// # Errors
-    /// `EINVAL` without an in-kernel controller, for more than 4096 routes, and for flags.
-    pub fn set_gsi_routing(&self, routes: u32, flags: u32) -> Result<(), Errno> {
-        if self.irqchip_model() == Model::None || routes > MAX_IRQ_ROUTES || flags != 0 {
-            return Err(Errno::INVAL);
-        }
-        Ok(())
-    }
-
-    /// `KVM_IRQFD`: interrupts from eventfds need an interrupt controller that delivers them.
-    ///
-    /// # Errors
-    /// `EINVAL` for unknown flags, and for every attempt to attach one: without an in-kernel
-    /// controller as in KVM, with it since it delivers none. There is never one to detach, which is
-    /// no error.
-    pub fn irqfd(&self, request: &kvm_irqfd) -> Result<(), Errno> {
-        if request.flags & !(kvm::KVM_IRQFD_FLAG_DEASSIGN | kvm::KVM_IRQFD_FLAG_RESAMPLE) != 0 {
-            return Err(Errno::INVAL);
-        }
-        if request.flags & kvm::KVM_IRQFD_FLAG_DEASSIGN != 0 {
-            return Ok(());
-        }
-        tracing::warn!(
-            gsi = request.gsi,
-            "irqfd needs an interrupt controller that is not emulated"
-        );
-        Err(Errno::INVAL)
     }
 
     /// `KVM_REGISTER_COALESCED_MMIO`

@@ -5,17 +5,17 @@
 //! range is a range here: the host is asked for many pages at once, and their entries are written in one
 //! read section.
 
-use crate::fault::{FaultError, Outcome, small_leaf};
+use crate::fault::{Fault, FaultError, Outcome};
 use crate::filter::Conversion;
 use crate::format::MmuFormat;
 use crate::guest_memory::{AccessKind, PrivateMemory};
 use crate::host::{Host, HostPage, PopulateError};
 use crate::invalidation::Snapshot;
+use crate::map::{self, small_leaf};
 use crate::mmu::Mmu;
 use crate::reader::{KnownSlot, Memory, Reader, ReaderState, Sections};
 use crate::root::{Root, RootState};
 use crate::sync::atomic::Ordering;
-use crate::{Fault, fault};
 use alloc::vec::Vec;
 use core::ops::Range;
 use twofold_arch::{Gfn, Gpa, Hpa, Level, PAGE_SHIFT, PAGE_SIZE, Pferr};
@@ -333,5 +333,5 @@ fn bits<F: MmuFormat>(known: &KnownSlot, root: &RootState, writable: bool) -> u6
         writable,
         ..NO_PAGE
     };
-    fault::entry::<F>(known, small_leaf(known, &page, root.ad))
+    map::entry::<F>(known, small_leaf(known, &page, root.ad))
 }

@@ -3,9 +3,12 @@
 mod counters;
 mod events;
 mod exit;
+mod fault;
 mod fpu;
+mod hypercall;
 mod lapic;
 mod msr;
+mod msr_exit;
 mod prefault;
 mod registers;
 mod run;

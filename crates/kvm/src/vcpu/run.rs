@@ -4,48 +4,31 @@
 //! allocates nothing and takes one uncontended mutex.
 
 use super::exit::Answer;
-use super::lapic::{self, Lapic, Refused};
-use super::msr::{IA32_TSC_DEADLINE, MSR_PLATFORM_INFO};
 use super::run_page::PIO_DATA_SIZE;
 use super::signal::Running;
 use super::{Vcpu, VcpuState};
 use crate::bus::Space;
 use crate::cpuid;
 use crate::irqchip::{self, Model};
-use crate::msr_filter::MsrAccess;
-use crate::vm::HypercallExits;
 use kvm_bindings::{
     KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_HLT, KVM_EXIT_INTR, KVM_EXIT_IRQ_WINDOW_OPEN,
-    KVM_EXIT_SHUTDOWN, KVM_EXIT_UNKNOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR,
-    KVM_INTERNAL_ERROR_EMULATION, KVM_MEMORY_EXIT_FLAG_PRIVATE, KVM_MP_STATE_HALTED,
+    KVM_EXIT_SHUTDOWN, KVM_EXIT_UNKNOWN, KVM_INTERNAL_ERROR_EMULATION, KVM_MP_STATE_HALTED,
     KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_SIPI_RECEIVED,
-    KVM_MP_STATE_UNINITIALIZED, KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL,
-    KVM_MSR_EXIT_REASON_UNKNOWN, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS,
+    KVM_MP_STATE_UNINITIALIZED, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS,
     KVM_SYNC_X86_VALID_FIELDS, kvm_sync_regs,
 };
 use rustix::io::Errno;
 use std::mem::offset_of;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use twofold_arch::qualification::Qualification;
-use twofold_arch::{Gpa, PAGE_SIZE, Pferr};
+use twofold_arch::Gpa;
 use twofold_cpu::state::efer;
-use twofold_cpu::{Exception, Exit, Pml, SecondStageFault, vector};
-use twofold_mmu::{Fault, FaultError, Outcome};
-
-/// Hypercall numbers and results of the KVM ABI (`linux/kvm_para.h`).
-const KVM_HC_VAPIC_POLL_IRQ: u64 = 1;
-const KVM_HC_MAP_GPA_RANGE: u64 = 12;
-const KVM_ENOSYS: u64 = 1000;
-const KVM_EPERM: u64 = 1;
-const KVM_EINVAL: u64 = 22;
-/// `KVM_EXIT_HYPERCALL_LONG_MODE`
-const HYPERCALL_LONG_MODE: u64 = 1;
+use twofold_cpu::{Exit, Pml};
 
 const SYNC_FIELDS: u64 = KVM_SYNC_X86_VALID_FIELDS as u64;
 
 /// What the loop does next.
-enum Next {
+pub(super) enum Next {
     /// Runs the guest again.
     Enter,
     /// Returns to the program with this reason, which is in the run page already.
@@ -280,7 +263,7 @@ impl Vcpu {
     }
 
     /// The run was interrupted by a signal.
-    fn interrupted(&self) -> Errno {
+    pub(super) fn interrupted(&self) -> Errno {
         self.core.run.set_exit_reason(KVM_EXIT_INTR);
         self.core.counters.signal_exits.increment();
         self.core.counters.returns.increment(KVM_EXIT_INTR);
@@ -387,7 +370,7 @@ impl Vcpu {
         Next::Return(KVM_EXIT_HLT)
     }
 
-    fn irqchip_used(&self, what: &str, address: u64) -> Next {
+    pub(super) fn irqchip_used(&self, what: &str, address: u64) -> Next {
         tracing::error!(
             vcpu = self.core.id,
             what,
@@ -398,7 +381,7 @@ impl Vcpu {
     }
 
     /// `KVM_EXIT_INTERNAL_ERROR` with suberror "emulation".
-    fn emulation_failure(&self, instruction: &[u8]) -> Next {
+    pub(super) fn emulation_failure(&self, instruction: &[u8]) -> Next {
         self.core.counters.insn_emulation_fail.increment();
         if instruction.is_empty() {
             self.core
@@ -408,244 +391,6 @@ impl Vcpu {
             self.core.run.set_emulation_failure(instruction);
         }
         Next::Return(kvm_bindings::KVM_EXIT_INTERNAL_ERROR)
-    }
-
-    fn second_stage_fault(
-        &self,
-        state: &mut VcpuState,
-        fault: SecondStageFault,
-    ) -> Result<Next, Errno> {
-        let (gpa, error) = match fault {
-            SecondStageFault::EptViolation {
-                gpa, qualification, ..
-            } => (
-                gpa,
-                Qualification::from_bits_truncate(qualification).to_pferr(),
-            ),
-            SecondStageFault::EptMisconfiguration { gpa } => (gpa, Pferr::RSVD),
-            SecondStageFault::NestedPageFault { gpa, error } => {
-                (gpa, Pferr::from_bits_truncate(error))
-            }
-        };
-        let counters = &self.core.counters;
-        counters.pf_taken.increment();
-        if error.is_write() {
-            counters.write_faults.increment();
-        } else if error.is_fetch() {
-            counters.fetch_faults.increment();
-        } else {
-            counters.read_faults.increment();
-        }
-        let VcpuState {
-            reader,
-            root: Some(root),
-            ..
-        } = state
-        else {
-            return Ok(Next::Enter);
-        };
-        let outcome = self.vm.tables().fault(reader, root, Fault { gpa, error });
-        let resolved = reader.stats();
-        counters.pf_fast.set(resolved.pf_fast);
-        counters
-            .pf_mmio_spte_created
-            .set(resolved.pf_mmio_spte_created);
-        match outcome {
-            Ok(Outcome::Fixed { level }) => {
-                counters.pf_fixed.increment();
-                if let Some(mapped) = counters.mapped.get(usize::from(level.number()) - 1) {
-                    mapped.increment();
-                }
-            }
-            Ok(Outcome::Spurious) => counters.pf_spurious.increment(),
-            Ok(Outcome::Retry) => {}
-            Ok(Outcome::ObsoleteRoot) => state.root = None,
-            Ok(Outcome::Mmio) => {
-                counters.pf_emulate.increment();
-                return Ok(self.no_memory(state, gpa, error, fault));
-            }
-            Err(FaultError::Interrupted) => return Err(self.interrupted()),
-            Err(FaultError::OutOfMemory) => return Err(Errno::NOMEM),
-            Err(FaultError::BadHostMemory) => return Err(self.memory_fault(gpa, false)),
-            Err(FaultError::WrongKind { private }) => return Err(self.memory_fault(gpa, private)),
-            Err(FaultError::BadPrivateMemory) => return Err(self.memory_fault(gpa, true)),
-            Err(error @ (FaultError::Poisoned | FaultError::PoisonedPrivate)) => {
-                self.memory_fault(gpa, error == FaultError::PoisonedPrivate);
-                return Err(Errno::HWPOISON);
-            }
-        }
-        Ok(Next::Enter)
-    }
-
-    /// `KVM_EXIT_MEMORY_FAULT`: the guest's access to a page cannot be carried out.
-    fn memory_fault(&self, gpa: Gpa, private: bool) -> Errno {
-        let flags = match private {
-            true => u64::from(KVM_MEMORY_EXIT_FLAG_PRIVATE),
-            false => 0,
-        };
-        let page = gpa.get() & !(PAGE_SIZE - 1);
-        self.core.run.set_memory_fault(flags, page, PAGE_SIZE);
-        Errno::FAULT
-    }
-
-    /// The guest accessed an address without memory: data accesses are the program's to emulate,
-    /// code and page tables cannot be.
-    fn no_memory(
-        &self,
-        state: &mut VcpuState,
-        gpa: Gpa,
-        error: Pferr,
-        fault: SecondStageFault,
-    ) -> Next {
-        if error.contains(Pferr::GUEST_PAGE) {
-            // KVM's own walk finds no table there either, and gives the guest a page fault.
-            if let SecondStageFault::EptViolation { gla, .. } = fault {
-                let user = if state.is_user() {
-                    Pferr::USER.bits() as u32
-                } else {
-                    0
-                };
-                state.cpu.queue_exception(Exception {
-                    vector: vector::PF,
-                    error_code: Some(user),
-                    payload: Some(gla),
-                });
-                return Next::Enter;
-            }
-        } else if !error.is_fetch() {
-            state.cpu.allow_mmio(gpa);
-            return Next::Enter;
-        }
-        tracing::warn!(
-            vcpu = self.core.id,
-            rip = state.rip(),
-            gpa = %gpa,
-            "the guest's code or page tables are where there is no memory"
-        );
-        self.emulation_failure(&[])
-    }
-
-    /// Host memory vanished under a guest access, behind the calls that announce it. What is mapped
-    /// there is dropped, so that the access faults again and finds out what became of it; if it
-    /// ends here a second time without an instruction in between, the memory cannot be used.
-    fn host_fault(&self, state: &mut VcpuState, hva: u64) -> Result<Next, Errno> {
-        let now = (hva & !(PAGE_SIZE - 1), state.cpu.counters().instructions);
-        if state.last_host_fault.replace(now) == Some(now) {
-            tracing::warn!(
-                vcpu = self.core.id,
-                hva = format_args!("{hva:#x}"),
-                "host memory is gone"
-            );
-            return Err(Errno::FAULT);
-        }
-        let tables = self.vm.tables();
-        tables.end_host_change(tables.begin_host_change(now.0..now.0 + PAGE_SIZE));
-        Ok(Next::Enter)
-    }
-
-    fn read_msr(&self, state: &mut VcpuState, index: u32) -> Next {
-        let value = if !self.vm.allows_msr(index, MsrAccess::READ) {
-            Err(KVM_MSR_EXIT_REASON_FILTER)
-        } else if index == MSR_PLATFORM_INFO && self.vm.hides_platform_info() {
-            Err(KVM_MSR_EXIT_REASON_INVAL)
-        } else {
-            state.msr(index).ok_or(KVM_MSR_EXIT_REASON_UNKNOWN)
-        };
-        if let Err(reason) = value {
-            if self.vm.exits_for_msr(reason) {
-                state.answer = Answer::Rdmsr;
-                let page = &self.core.run;
-                page.set_msr(KVM_EXIT_X86_RDMSR, reason, index, 0);
-                return Next::Return(KVM_EXIT_X86_RDMSR);
-            }
-            tracing::debug!(index = format_args!("{index:#x}"), "RDMSR refused");
-        }
-        state.cpu.complete_rdmsr(value.ok());
-        Next::Enter
-    }
-
-    fn write_msr(&self, state: &mut VcpuState, index: u32, value: u64) -> Next {
-        let to_lapic = match index {
-            IA32_TSC_DEADLINE => state.lapic.as_ref().map_or(Ok(()), Lapic::write_deadline),
-            _ if lapic::X2APIC.contains(&index) => {
-                let result = state.write_x2apic(index, value);
-                state.cpu.complete_wrmsr(result.is_ok());
-                if result.is_ok() {
-                    return Next::Enter;
-                }
-                result
-            }
-            _ => Ok(()),
-        };
-        if let Err(Refused::Unsupported(what)) = to_lapic {
-            return self.irqchip_used(what, index.into());
-        }
-        let allowed = self.vm.allows_msr(index, MsrAccess::WRITE);
-        let accepted = allowed && state.set_msr(index, value, true);
-        if !accepted {
-            let reason = if !allowed {
-                KVM_MSR_EXIT_REASON_FILTER
-            } else if state.msr(index).is_none() {
-                KVM_MSR_EXIT_REASON_UNKNOWN
-            } else {
-                KVM_MSR_EXIT_REASON_INVAL
-            };
-            if self.vm.exits_for_msr(reason) {
-                state.answer = Answer::Wrmsr;
-                self.core
-                    .run
-                    .set_msr(KVM_EXIT_X86_WRMSR, reason, index, value);
-                return Next::Return(KVM_EXIT_X86_WRMSR);
-            }
-            tracing::debug!(
-                index = format_args!("{index:#x}"),
-                value = format_args!("{value:#x}"),
-                "WRMSR refused"
-            );
-        }
-        state.cpu.complete_wrmsr(accepted);
-        Next::Enter
-    }
-
-    fn hypercall(&self, state: &mut VcpuState) -> Next {
-        self.core.counters.hypercalls.increment();
-        let regs = state.regs();
-        let long_mode = state.is_long_mode();
-        let narrow = |value: u64| {
-            if long_mode {
-                value
-            } else {
-                value & 0xffff_ffff
-            }
-        };
-        let number = narrow(regs.rax);
-        let arguments = [narrow(regs.rbx), narrow(regs.rcx), narrow(regs.rdx)];
-        let result = if state.is_user() {
-            KVM_EPERM.wrapping_neg()
-        } else {
-            match number {
-                KVM_HC_VAPIC_POLL_IRQ => 0,
-                KVM_HC_MAP_GPA_RANGE
-                    if self
-                        .vm
-                        .hypercall_exits()
-                        .contains(HypercallExits::MAP_GPA_RANGE) =>
-                {
-                    let [gpa, pages, _] = arguments;
-                    let gfn = gpa / PAGE_SIZE;
-                    if gpa.is_multiple_of(PAGE_SIZE) && gfn.wrapping_add(pages) > gfn {
-                        state.answer = Answer::Hypercall;
-                        let flags = if long_mode { HYPERCALL_LONG_MODE } else { 0 };
-                        self.core.run.set_hypercall(number, arguments, flags);
-                        return Next::Return(kvm_bindings::KVM_EXIT_HYPERCALL);
-                    }
-                    KVM_EINVAL.wrapping_neg()
-                }
-                _ => KVM_ENOSYS.wrapping_neg(),
-            }
-        };
-        state.cpu.complete_hypercall(narrow(result));
-        Next::Enter
     }
 
     fn load_sync_regs(&self, state: &mut VcpuState, dirty: u64) -> Result<(), Errno> {
@@ -730,15 +475,15 @@ impl VcpuState {
             .request_interrupt_window(program_waits || pending.is_some() && !open);
     }
 
-    fn rip(&self) -> u64 {
+    pub(super) fn rip(&self) -> u64 {
         self.cpu.rip()
     }
 
-    fn is_user(&self) -> bool {
+    pub(super) fn is_user(&self) -> bool {
         self.cpu.privilege_level() == 3
     }
 
-    fn is_long_mode(&self) -> bool {
+    pub(super) fn is_long_mode(&self) -> bool {
         let system = self.cpu.system_registers();
         system.efer & efer::LMA != 0 && system.cs.long
     }
