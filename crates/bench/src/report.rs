@@ -11,6 +11,8 @@ pub(crate) enum Reach {
     AtMost(f64),
     /// At least this much.
     AtLeast(f64),
+    /// Nothing: the figure is for information.
+    Anything,
 }
 
 impl Reach {
@@ -18,6 +20,7 @@ impl Reach {
         match self {
             Self::AtMost(limit) => figure <= limit,
             Self::AtLeast(limit) => figure >= limit,
+            Self::Anything => true,
         }
     }
 }
@@ -27,6 +30,7 @@ impl fmt::Display for Reach {
         match self {
             Self::AtMost(limit) => write!(f, "≤ {limit}"),
             Self::AtLeast(limit) => write!(f, "≥ {limit}"),
+            Self::Anything => Ok(()),
         }
     }
 }
@@ -50,6 +54,10 @@ impl Row {
         self.figures.ours.median()
     }
 
+    fn has_goal(&self) -> bool {
+        !matches!(self.reach, Reach::Anything)
+    }
+
     fn is_reached(&self) -> bool {
         self.reach.is_met_by(self.ours())
     }
@@ -61,10 +69,12 @@ impl Row {
     }
 
     fn verdict(&self) -> &'static str {
-        if self.is_reached() {
-            "reached"
-        } else if self.ours().is_nan() {
+        if self.ours().is_nan() {
             "not measured"
+        } else if !self.has_goal() {
+            ""
+        } else if self.is_reached() {
+            "reached"
         } else {
             "not reached"
         }
@@ -158,8 +168,9 @@ impl Style {
 pub(crate) fn print(rows: &[Row], style: Style) {
     let lines: Vec<_> = rows.iter().map(Row::cells).collect();
     style.print_table(HEADINGS, &lines);
-    let reached = rows.iter().filter(|row| row.is_reached()).count();
-    println!("\n{reached} of {} goals reached", rows.len());
+    let goals: Vec<_> = rows.iter().filter(|row| row.has_goal()).collect();
+    let reached = goals.iter().filter(|row| row.is_reached()).count();
+    println!("\n{reached} of {} goals reached", goals.len());
     for row in rows.iter().filter(|row| !row.is_reached()) {
         let floor = match row.is_beyond_the_floor() {
             true => "; in this run the floor alone misses the goal",
