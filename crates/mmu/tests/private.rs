@@ -6,16 +6,16 @@
 mod common;
 
 use common::vm::{HVA, LOG, Vm};
-use common::{Found, HostState, Processor, region, usual_frame};
+use common::{Found, HostState, Processor, TestHost, World, region, usual_frame};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use twofold_arch::{Gfn, Level, Pferr};
 use twofold_mmu::{
-    AccessKind, AttributeError, Config, Conversion, Ept, Fault, FaultError, GuestMemoryError, Npt,
-    Outcome, PrefaultError, PrivateMemory, RegionError, RootRole,
+    AccessKind, AttributeError, Config, Conversion, Ept, Fault, FaultError, GuestMemoryError, Mmu,
+    Npt, Outcome, PrefaultError, PrivateMemory, RegionError, RootRole,
 };
 
 /// Addresses of the guest memory file.
@@ -458,6 +458,34 @@ fn a_prefault_uses_huge_pages_where_a_fault_would() {
     assert_eq!(level(511), Some(Level::L2M));
     assert_eq!(level(599), Some(Level::L4K));
     assert_eq!(level(600), None);
+}
+
+#[test]
+fn prefaulting_a_slot_that_is_being_deleted_asks_to_try_again() {
+    let world = World::new(0x1000_0000_0000);
+    let config = Config {
+        slot_zap_all: false,
+        ..Config::default()
+    };
+    let mmu = Arc::new(Mmu::<Ept, _>::new(TestHost(Arc::clone(&world)), config));
+    mmu.set_region(region(0, 1, 4, HVA >> 12, 0)).unwrap();
+    let root = mmu.load_root(RootRole::NORMAL).unwrap();
+    let mut reader = mmu.reader();
+    assert_eq!(mmu.prefault(&mut reader, &root, gfns(1..2)), Ok(1));
+    // The deletion flushes what was mapped. At that moment the slot is there and invalid.
+    let answer = Arc::new(Mutex::new(None));
+    let (other, asked) = (Arc::clone(&mmu), Arc::clone(&answer));
+    let others = Mutex::new((mmu.reader(), root.clone()));
+    *world.on_flush.lock().unwrap() = Some(Arc::new(move || {
+        let (reader, root) = &mut *others.lock().unwrap();
+        *asked.lock().unwrap() = Some(other.prefault(reader, root, gfns(2..3)));
+    }));
+    mmu.set_region(region(0, 1, 0, HVA >> 12, 0)).unwrap();
+    *world.on_flush.lock().unwrap() = None;
+    let during = answer.lock().unwrap().take();
+    assert_eq!(during, Some(Err(PrefaultError::SlotChanges)));
+    let after = mmu.prefault(&mut reader, &root, gfns(2..3));
+    assert_eq!(after, Err(PrefaultError::NoSlot));
 }
 
 #[test]
