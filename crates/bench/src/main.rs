@@ -15,6 +15,7 @@ mod mapper;
 mod measure;
 mod memory;
 mod peers;
+mod pkvm;
 mod pool;
 mod private;
 mod protect;
@@ -34,7 +35,7 @@ use report::{Row, Style};
 type Subject = fn(Meter) -> anyhow::Result<Vec<Row>>;
 
 /// Subjects in the order of the table, each with the name that chooses it.
-const SUBJECTS: [(&str, Subject); 13] = [
+const SUBJECTS: [(&str, Subject); 14] = [
     ("client", client::rows),
     ("slots", slots::rows),
     ("map", map::rows),
@@ -48,6 +49,7 @@ const SUBJECTS: [(&str, Subject); 13] = [
     ("attributes", attributes::rows),
     ("memory", memory::rows),
     ("private", private::rows),
+    ("pkvm", pkvm::rows),
 ];
 
 const USAGE: &str = "\
