@@ -1,15 +1,15 @@
 //! A KVM program that measures the KVM it runs on.
 //!
 //! `twofold-bench` starts it twice: under `twofold run`, and as it is where the machine has a
-//! `/dev/kvm` of its own. It is written against `kvm-ioctls` alone, so both runs execute the same
-//! code. Each line of its output is `name nanoseconds`, a median over several rounds.
+//! `/dev/kvm` of its own. It knows the KVM API alone, so both runs execute the same code. Each line of its output is `name nanoseconds`, a median over several rounds.
 //!
 //! UNSAFETY: mapping guest memory and handing it to KVM are unsafe operations of `kvm-ioctls` and
 //! `rustix`.
 #![expect(unsafe_code)]
 
 use anyhow::{Context, Result, bail};
-use kvm_bindings::{kvm_segment, kvm_userspace_memory_region};
+use example_parts::enter_long_mode;
+use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 use std::time::Instant;
@@ -126,35 +126,9 @@ fn fault_4k(kvm: &Kvm) -> Result<f64> {
     };
     set_slot(&vm, 0, 0, bytes, host)?;
     let mut vcpu = vm.create_vcpu(0)?;
-    let mut sregs = vcpu.get_sregs()?;
-    let flat = kvm_segment {
-        base: 0,
-        limit: 0xffff_ffff,
-        selector: 8,
-        type_: 11,
-        present: 1,
-        s: 1,
-        l: 1,
-        g: 1,
-        ..Default::default()
-    };
-    sregs.cs = flat;
-    let data = kvm_segment {
-        type_: 3,
-        l: 0,
-        db: 1,
-        selector: 16,
-        ..flat
-    };
-    (sregs.ds, sregs.es, sregs.ss) = (data, data, data);
-    sregs.cr3 = PML4;
-    sregs.cr4 = 0x20;
-    sregs.efer = 0x500;
-    sregs.cr0 = 0x8000_0011;
-    vcpu.set_sregs(&sregs)?;
+    // The guest uses no stack.
+    enter_long_mode(&vcpu, PML4, CODE, 0)?;
     let mut regs = vcpu.get_regs()?;
-    regs.rip = CODE;
-    regs.rflags = 2;
     regs.rdi = TOUCHED;
     regs.rcx = TOUCHED_PAGES as u64;
     vcpu.set_regs(&regs)?;

@@ -8,9 +8,10 @@
 #![expect(unsafe_code)]
 
 use anyhow::{Context, Result, bail};
+use example_parts::enter_long_mode;
 use kvm_bindings::{
     KVM_MEMORY_ATTRIBUTE_PRIVATE, KVM_X86_SW_PROTECTED_VM, kvm_memory_attributes,
-    kvm_pre_fault_memory, kvm_segment, kvm_userspace_memory_region,
+    kvm_pre_fault_memory, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
@@ -195,7 +196,12 @@ fn touch(kvm: &Kvm, memory: &Mapping) -> Result<f64> {
         set_slot(&vm, 0, 0, LOW as u64, low)?;
         set_slot(&vm, 1, DATA, GIB, memory.first)?;
         let mut vcpu = vm.create_vcpu(0)?;
-        enter_long_mode(&vcpu)?;
+        // The guest uses no stack.
+        enter_long_mode(&vcpu, PML4, CODE, 0)?;
+        let mut regs = vcpu.get_regs()?;
+        regs.rdi = DATA;
+        regs.rcx = GIB / PAGE;
+        vcpu.set_regs(&regs)?;
         run_until_port(&mut vcpu)?;
         let start = now();
         run_until_port(&mut vcpu)?;
@@ -205,41 +211,6 @@ fn touch(kvm: &Kvm, memory: &Mapping) -> Result<f64> {
         unsafe { munmap(low, LOW)? };
         Ok(spent)
     })
-}
-
-fn enter_long_mode(vcpu: &VcpuFd) -> Result<()> {
-    let flat = kvm_segment {
-        base: 0,
-        limit: 0xffff_ffff,
-        selector: 8,
-        type_: 11,
-        present: 1,
-        s: 1,
-        l: 1,
-        g: 1,
-        ..Default::default()
-    };
-    let data = kvm_segment {
-        type_: 3,
-        l: 0,
-        db: 1,
-        selector: 16,
-        ..flat
-    };
-    let mut sregs = vcpu.get_sregs()?;
-    (sregs.cs, sregs.ds, sregs.es, sregs.ss) = (flat, data, data, data);
-    sregs.cr3 = PML4;
-    sregs.cr4 = 0x20;
-    sregs.efer = 0x500;
-    sregs.cr0 = 0x8000_0011;
-    vcpu.set_sregs(&sregs)?;
-    let mut regs = vcpu.get_regs()?;
-    regs.rip = CODE;
-    regs.rflags = 2;
-    regs.rdi = DATA;
-    regs.rcx = GIB / PAGE;
-    vcpu.set_regs(&regs)?;
-    Ok(())
 }
 
 fn run_until_port(vcpu: &mut VcpuFd) -> Result<()> {
