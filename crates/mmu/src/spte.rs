@@ -359,11 +359,11 @@ mod tests {
     /// Whatever is done to a leaf, in whatever order, its writable state stays one of the four.
     fn every_change_keeps_a_legal_state<F: MmuFormat>(kinds: &[AdBits]) {
         let mut seen = alloc::collections::BTreeSet::new();
-        let mut todo: Vec<(u64, Level)> = every_leaf(kinds)
+        let mut unvisited: Vec<(u64, Level)> = every_leaf(kinds)
             .into_iter()
             .map(|leaf| (leaf.encode::<F>(), leaf.level))
             .collect();
-        while let Some((entry, level)) = todo.pop() {
+        while let Some((entry, level)) = unvisited.pop() {
             if !seen.insert((entry, level.number())) {
                 continue;
             }
@@ -390,7 +390,7 @@ mod tests {
                 );
                 assert_eq!(ad_bits(changed), ad_bits(entry));
                 assert_eq!((changed ^ entry) & PRIVATE, 0);
-                todo.push((changed, level));
+                unvisited.push((changed, level));
             }
         }
     }
