@@ -18,6 +18,7 @@
 //! visited n tables and slots is followed by at least n releases without one, so that each costs
 //! at most the look at one table on average.
 
+use crate::filter::Conversion;
 use crate::format::MmuFormat;
 use crate::host::Host;
 use crate::mmu::{Mmu, Writer};
@@ -46,7 +47,8 @@ pub enum Rule {
     NotEmpty,
     /// A writable leaf above 4K on a slot that logs.
     LoggedHuge,
-    /// A huge leaf that leaves its slot, or whose guest and host addresses are not congruent.
+    /// A huge leaf that leaves its slot, whose guest and host addresses are not congruent, or that
+    /// covers private and shared frames.
     HugeLeaf,
     /// A leaf at a level that cannot map, or of a page that is not aligned to its level.
     Address,
@@ -316,7 +318,9 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         let begins = writer.begins_to_log == Some((slot.info.as_id, slot.info.id));
         let logs = slot.info.flags.contains(RegionFlags::LOG_DIRTY) && !begins;
         let writes = writable == Some(Writable::Yes);
-        if level != Level::L4K && !may_be_huge(&slot.info, gfn, level) {
+        if level != Level::L4K
+            && !(may_be_huge(&slot.info, gfn, level) && self.is_of_one_kind(gfn, level))
+        {
             broken[2] = Some(Rule::HugeLeaf);
         }
         // A slot in which every page counts as dirty is only protected where that was cleared.
@@ -334,6 +338,20 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             broken[5] = Some(Rule::Unmarked);
         }
         broken.into_iter().flatten()
+    }
+
+    /// Whether private and shared frames do not mix in the page at `gfn`; asked of the frames and
+    /// not of the summary that page sizes are chosen by. Where a change of attributes leaves the
+    /// mappings to the guest memory file, they may lag behind.
+    fn is_of_one_kind(&self, gfn: Gfn, level: Level) -> bool {
+        match self.config.private_memory {
+            Some(policy) if policy.conversion == Conversion::ZapOpposite => {
+                let private = self.attributes.is_private(gfn);
+                let end = Gfn::new(gfn.get() + level.frames());
+                self.attributes.all(&(gfn..end), private)
+            }
+            _ => true,
+        }
     }
 }
 

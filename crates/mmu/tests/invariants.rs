@@ -8,7 +8,10 @@ use common::{Processor, Step, TestHost, World, region};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use twofold_arch::{Gfn, Hpa, Level, Pferr};
-use twofold_mmu::{Config, Ept, Fault, Mmu, MmuFormat, Npt, Reader, Root, RootRole, Rule};
+use twofold_mmu::{
+    AccessKind, Config, Conversion, Ept, Fault, Mmu, MmuFormat, Npt, PrivateMemory, Reader, Root,
+    RootRole, Rule,
+};
 use twofold_table::Format;
 
 struct Vm<F: Processor> {
@@ -24,8 +27,12 @@ impl<F: Processor> Vm<F> {
     /// Slot 0 with frames up to 0x1000, slot 1 read-only from 0x10000, slot 2 logging from 0x20000;
     /// small pages mapped at 5, 6 and in the other slots, a large one at 0x200, MMIO at 0x40000.
     fn new() -> Self {
+        Self::with(Config::default())
+    }
+
+    fn with(config: Config) -> Self {
         let world = World::new(0x2000_0000_0000);
-        let mmu = Mmu::new(TestHost(Arc::clone(&world)), Config::default());
+        let mmu = Mmu::new(TestHost(Arc::clone(&world)), config);
         let root = mmu.load_root(RootRole::NORMAL).unwrap();
         let reader = mmu.reader();
         let mut vm = Self {
@@ -192,4 +199,33 @@ impl TestTable {
     fn free(self, vm: &Vm<Ept>) {
         twofold_mmu::Host::free_table(vm.mmu.host(), self.page);
     }
+}
+
+fn a_mixed_huge_leaf_is_named<F: Processor>() {
+    let vm = Vm::<F>::with(Config {
+        slot_zap_all: false,
+        private_memory: Some(PrivateMemory {
+            access: AccessKind::ByAttribute,
+            conversion: Conversion::ZapOpposite,
+        }),
+        ..Config::default()
+    });
+    let large = vm.entry(0x200, Level::L2M).load(Relaxed);
+    assert_eq!(vm.rules(), []);
+    let one = Gfn::new(0x201)..Gfn::new(0x202);
+    vm.mmu.set_attributes(one.clone(), true).unwrap();
+    assert_eq!(vm.rules(), []);
+    // As if the conversion had forgotten it.
+    vm.breaks(0x200, Level::L2M, |_| large, &[Rule::HugeLeaf]);
+    vm.mmu.set_attributes(one, false).unwrap();
+    let entry = vm.entry(0x200, Level::L2M);
+    let empty = entry.swap(large, Relaxed);
+    assert_eq!(vm.rules(), []);
+    entry.store(empty, Relaxed);
+}
+
+#[test]
+fn a_huge_leaf_over_private_and_shared_frames_is_noticed() {
+    a_mixed_huge_leaf_is_named::<Ept>();
+    a_mixed_huge_leaf_is_named::<Npt>();
 }
