@@ -9,24 +9,20 @@
 //! Reading takes no lock and may go on while one writer changes things: it sees each frame as it
 //! was before the change or as it is after. Nothing is freed before the whole is dropped.
 
+use crate::gigabytes::{self, Gigabytes, REGION, allocate};
 use crate::mmu::OutOfMemory;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use alloc::boxed::Box;
-use alloc::vec::Vec;
 use core::ops::Range;
 use spin::Once;
-use twofold_arch::{Gfn, Level, PAGE_SHIFT};
+use twofold_arch::{Gfn, Level};
 
-/// Frames of a 2M region.
-const REGION: u64 = 512;
-/// Frames of a chunk: 1 GiB.
-const CHUNK: u64 = REGION * REGION;
+/// Frames of a chunk.
+const CHUNK: u64 = gigabytes::FRAMES;
 /// Words of a chunk's summary, 32 regions each.
 const SUMMARY_WORDS: usize = 16;
 /// Words of a region in a chunk's bitmap.
 const REGION_WORDS: usize = 8;
-/// Chunks in a directory: 64 GiB, whose summaries take 10 KiB.
-const DIRECTORY: u64 = 64;
 
 /// A region in the summary.
 const SHARED: u64 = 0;
@@ -44,22 +40,10 @@ struct Chunk {
     bitmap: Once<Bitmap>,
 }
 
-type Directory = Box<[Chunk]>;
-
 /// The attributes of a VM's frames. All are shared at first.
 #[derive(Debug)]
 pub(crate) struct Attributes {
-    directories: Once<Box<[Once<Directory>]>>,
-    /// Frames that can have attributes.
-    frames: u64,
-}
-
-/// `count` values, or an error where a plain allocation would end the program.
-fn allocate<T>(count: usize, new: impl FnMut() -> T) -> Result<Box<[T]>, OutOfMemory> {
-    let mut values = Vec::new();
-    values.try_reserve_exact(count).map_err(|_| OutOfMemory)?;
-    values.resize_with(count, new);
-    Ok(values.into_boxed_slice())
+    chunks: Gigabytes<Chunk>,
 }
 
 /// What each region of a summary word would be if all were `private`.
@@ -252,30 +236,20 @@ impl Attributes {
     /// For guest-physical addresses of so many bits.
     pub(crate) fn new(address_bits: u8) -> Self {
         Self {
-            directories: Once::new(),
-            frames: 1 << (u32::from(address_bits.clamp(32, 52)) - PAGE_SHIFT),
+            chunks: Gigabytes::new(address_bits),
         }
     }
 
     /// Whether `gfns` can have attributes.
     pub(crate) fn covers(&self, gfns: &Range<Gfn>) -> bool {
-        gfns.end.get() <= self.frames
-    }
-
-    #[inline(always)]
-    fn chunk(&self, number: u64) -> Option<&Chunk> {
-        let directory = self
-            .directories
-            .get()?
-            .get((number / DIRECTORY) as usize)?
-            .get()?;
-        directory.get((number % DIRECTORY) as usize)
+        self.chunks.covers(gfns)
     }
 
     /// Whether `gfn` is private.
     #[inline(always)]
     pub(crate) fn is_private(&self, gfn: Gfn) -> bool {
-        self.chunk(gfn.get() / CHUNK)
+        self.chunks
+            .at(gfn)
             .is_some_and(|chunk| chunk.is_private((gfn.get() % CHUNK) as usize))
     }
 
@@ -283,7 +257,7 @@ impl Attributes {
     /// leaf may cover them.
     #[inline]
     pub(crate) fn is_uniform(&self, gfn: Gfn, level: Level) -> bool {
-        let Some(chunk) = self.chunk(gfn.get() / CHUNK) else {
+        let Some(chunk) = self.chunks.at(gfn) else {
             return level <= Level::L1G;
         };
         match level {
@@ -297,7 +271,7 @@ impl Attributes {
     /// Whether all of `gfns` are `private`, or all are not.
     pub(crate) fn all(&self, gfns: &Range<Gfn>, private: bool) -> bool {
         parts(gfns).all(|part| {
-            let Some(chunk) = self.chunk(part.chunk) else {
+            let Some(chunk) = self.chunks.get(part.chunk) else {
                 return !private;
             };
             let region = REGION as usize;
@@ -315,18 +289,8 @@ impl Attributes {
 
     /// Makes sure that [`set`](Self::set) of these frames needs no memory.
     pub(crate) fn reserve(&self, gfns: &Range<Gfn>) -> Result<(), OutOfMemory> {
-        let directories = self.directories.try_call_once(|| {
-            let count = self.frames.div_ceil(CHUNK * DIRECTORY);
-            allocate(count as usize, Once::new)
-        })?;
         for part in parts(gfns) {
-            let directory = directories
-                .get((part.chunk / DIRECTORY) as usize)
-                .ok_or(OutOfMemory)?
-                .try_call_once(|| allocate(DIRECTORY as usize, Chunk::new))?;
-            let chunk = directory
-                .get((part.chunk % DIRECTORY) as usize)
-                .ok_or(OutOfMemory)?;
+            let chunk = self.chunks.need(part.chunk, Chunk::new)?;
             let (head, _, tail) = part.split();
             if !head.is_empty() || !tail.is_empty() {
                 chunk
@@ -340,7 +304,7 @@ impl Attributes {
     /// Makes `gfns`, which have been reserved, private or shared. One writer at a time.
     pub(crate) fn set(&self, gfns: &Range<Gfn>, private: bool) {
         for part in parts(gfns) {
-            let Some(chunk) = self.chunk(part.chunk) else {
+            let Some(chunk) = self.chunks.get(part.chunk) else {
                 continue;
             };
             let (head, regions, tail) = part.split();

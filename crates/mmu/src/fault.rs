@@ -41,6 +41,10 @@ pub enum Outcome {
     Mmio,
     /// The root is no longer valid: load a new one, then run the guest again.
     ObsoleteRoot,
+    /// A write to a sub-page that must not be written, or by the processor's walk of the guest's own
+    /// page tables to a page of which any must not: the program is told (an SPP exit), and nothing
+    /// was written.
+    SubPageDenied,
 }
 
 /// Why a fault cannot be resolved.
@@ -116,6 +120,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             Outcome::Fixed { .. } => state.count(Counter::Fixed),
             Outcome::Spurious => state.count(Counter::Spurious),
             Outcome::Mmio => state.count(Counter::Emulate),
+            Outcome::SubPageDenied => {}
             Outcome::Retry | Outcome::ObsoleteRoot => state.count(Counter::Retry),
         }
         Ok(outcome)

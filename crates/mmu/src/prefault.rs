@@ -189,7 +189,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             }
             Some(Outcome::Spurious) => Ok(Step::Done(1)),
             Some(Outcome::ObsoleteRoot) => Err(PrefaultError::ObsoleteRoot),
-            Some(Outcome::Retry | Outcome::Mmio) | None => Ok(Step::Again),
+            Some(Outcome::Retry | Outcome::Mmio | Outcome::SubPageDenied) | None => Ok(Step::Again),
         }
     }
 

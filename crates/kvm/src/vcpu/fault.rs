@@ -60,6 +60,8 @@ impl Vcpu {
             Ok(Outcome::Spurious) => counters.pf_spurious.increment(),
             Ok(Outcome::Retry) => {}
             Ok(Outcome::ObsoleteRoot) => state.root = None,
+            // Nothing is protected in a VM of which nobody can ask for it.
+            Ok(Outcome::SubPageDenied) => return Ok(self.emulation_failure(&[])),
             Ok(Outcome::Mmio) => {
                 counters.pf_emulate.increment();
                 return Ok(self.no_memory(state, gpa, error, fault));
