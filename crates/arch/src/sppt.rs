@@ -83,6 +83,18 @@ impl AccessMap {
         let touched = touched(offset, bytes);
         self.0 & touched == touched
     }
+
+    /// The offset in the page of the first byte of a write of `bytes` at `offset` that must not be
+    /// written, if there is one. As with [`AccessMap::allows`], what lies beyond the page is not
+    /// looked at.
+    pub const fn first_denied(self, offset: u64, bytes: u64) -> Option<u64> {
+        let denied = touched(offset, bytes) & !self.0;
+        if denied == 0 {
+            return None;
+        }
+        let sub_page = denied.trailing_zeros() as u64 * SUB_PAGE_BYTES;
+        Some(if sub_page > offset { sub_page } else { offset })
+    }
 }
 
 /// The sub-pages that a write of `bytes` at `offset` in a page touches.
@@ -190,6 +202,13 @@ mod tests {
                 assert!(AccessMap(expected).allows(offset, bytes));
                 let lacking = expected & expected.wrapping_sub(1);
                 assert!(!AccessMap(lacking).allows(offset, bytes));
+                for map in [expected, lacking, 0, 0x5555_5555, 0xffff_0000] {
+                    let map = AccessMap(map);
+                    let denied = (offset..(offset + bytes).min(4096))
+                        .find(|byte| map.0 >> (byte / SUB_PAGE_BYTES) & 1 == 0);
+                    assert_eq!(map.first_denied(offset, bytes), denied);
+                    assert_eq!(map.allows(offset, bytes), denied.is_none());
+                }
             }
         }
         assert!(AccessMap(0).allows(0, 0));

@@ -194,6 +194,9 @@ pub(crate) struct Core {
     pub(crate) fault: Exception,
     /// Details of [`Trap::Exit`].
     pub(crate) exit: Exit,
+    /// Length of the instruction that left, 0 while an event was being delivered; `None` before
+    /// that is known.
+    pub(crate) exit_length: Option<u8>,
     /// What has been done so far.
     pub(crate) counters: Counters,
     /// The line over which other threads reach this processor.

@@ -6,7 +6,7 @@ use crate::core_state::{Core, Pending, Vectors, Window, X87, slot};
 use crate::flags::Flags;
 use crate::line::Line;
 use crate::machine::Machine;
-use crate::memory::{Memory, Pml, SecondStage, Translation};
+use crate::memory::{InvalidSppt, Memory, Pml, SecondStage, Translation};
 use crate::mode::Mode;
 use crate::state::{
     Counters, CpuidEntry, DebugControl, DebugRegisters, Events, FpuState, Msrs, Registers, Segment,
@@ -14,7 +14,7 @@ use crate::state::{
 };
 use crate::trap::{Exception, Exit};
 use std::sync::Arc;
-use twofold_arch::Gpa;
+use twofold_arch::{Gpa, Hpa};
 
 /// One virtual processor.
 ///
@@ -115,6 +115,7 @@ impl Cpu {
                 payload: None,
             },
             exit: Exit::Kicked,
+            exit_length: None,
             counters: Counters::default(),
             line,
             machine,
@@ -141,6 +142,25 @@ impl Cpu {
     /// Chooses the second-stage tables. Forgets every translation.
     pub fn set_second_stage(&mut self, second_stage: SecondStage) {
         self.core.set_second_stage(second_stage);
+    }
+
+    /// Chooses the sub-page permission table (SPPTP, with the control "sub-page write permissions
+    /// for EPT"), or none: its root, of four levels (SDM Vol. 3, "Sub-Page Write Permissions").
+    /// Stays when [other tables](Self::set_second_stage) are chosen. Forgets every translation.
+    ///
+    /// A write to a page of 4 KiB whose EPT entry has the sub-page bit, and which may be read but
+    /// not written, is then allowed if every sub-page that it touches may be written. That is
+    /// looked up for each write; the table is read as memory holds it, and what is cached of its
+    /// upper levels goes with [`Machine::flush_tlbs`](crate::Machine::flush_tlbs).
+    ///
+    /// # Errors
+    /// [`InvalidSppt`] where VM entry would fail: the root is not 4 KiB aligned or beyond the
+    /// physical addresses that there are, or the second stage is NPT. Nothing has changed then.
+    pub fn set_sppt(&mut self, root: Option<Hpa>) -> Result<(), InvalidSppt> {
+        match self.core.set_sppt(root) {
+            true => Ok(()),
+            false => Err(InvalidSppt { root }),
+        }
     }
 
     /// Chooses the log of EPT dirty flags that this processor sets, or none (SDM Vol. 3,
@@ -466,6 +486,15 @@ impl Cpu {
     #[inline]
     pub fn rip(&self) -> u64 {
         self.core.rip
+    }
+
+    /// Length in bytes of the instruction at RIP whose execution `run` left with the state before
+    /// it. 0 if there is none: the exit came from fetching an instruction or between two, or while
+    /// an event was being delivered, also that of an INT n, so that advancing RIP would undo
+    /// something else than the access that left.
+    #[inline]
+    pub fn exit_instruction_length(&self) -> u8 {
+        self.core.exit_length.unwrap_or(0)
     }
 
     /// The current privilege level, 0 to 3.

@@ -85,8 +85,11 @@ fn deliver_and_go(
     let before = core.rip;
     core.rip = return_ip;
     let result = core.deliver(vector, error_code, source);
-    if result.is_err() {
+    if let Err(trap) = result {
         core.rip = before;
+        if trap == Trap::Exit {
+            core.exit_length = Some(0);
+        }
     }
     result
 }

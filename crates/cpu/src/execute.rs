@@ -135,6 +135,7 @@ impl Core {
     fn prepare(&mut self) {
         // Code that the program wrote runs as new code.
         self.epoch += 1;
+        self.exit_length = None;
         if self.pending_rip != self.rip {
             self.pending = Pending::None;
         }
@@ -258,6 +259,7 @@ impl Core {
             }
             Trap::Exit => {
                 self.breakpoints.pending = 0;
+                self.exit_length = self.exit_length.or(op.map(|op| op.len));
                 if self.alone {
                     self.alone = false;
                     self.set_single(false);

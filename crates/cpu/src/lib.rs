@@ -71,7 +71,7 @@ pub use line::Line;
 pub use machine::{Machine, MachineConfig, SecondStageKind};
 pub use memory::access::fixup;
 pub use memory::process;
-pub use memory::{Pml, SecondStage, Translation};
+pub use memory::{InvalidSppt, Pml, SecondStage, Translation};
 pub use state::{
     Counters, CpuidEntry, DebugControl, DebugRegisters, Events, FpuState, Msrs, Registers, Segment,
     SystemRegisters, TableRegister,

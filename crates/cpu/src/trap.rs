@@ -193,7 +193,8 @@ impl fmt::Debug for UnknownInstruction {
 /// An access that the second-stage tables did not translate.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum SecondStageFault {
-    /// EPT violation (SDM Vol. 3, "EPT Violations").
+    /// EPT violation (SDM Vol. 3, "EPT Violations"). If sub-page permissions deny a write, the
+    /// addresses are those of the first byte that must not be written.
     EptViolation {
         /// The guest-physical address.
         gpa: Gpa,
@@ -206,6 +207,21 @@ pub enum SecondStageFault {
     EptMisconfiguration {
         /// The guest-physical address.
         gpa: Gpa,
+    },
+    /// A write has to be judged by the sub-page permission table, and one of that table's levels is
+    /// missing (exit reason 66 with bit 11 of the qualification set).
+    SpptMiss {
+        /// The guest-physical address of the write's first byte.
+        gpa: Gpa,
+        /// The guest-linear address.
+        gla: u64,
+    },
+    /// As [`SpptMiss`](Self::SpptMiss), but an entry has a reserved bit set (bit 11 clear).
+    SpptMisconfiguration {
+        /// The guest-physical address of the write's first byte.
+        gpa: Gpa,
+        /// The guest-linear address.
+        gla: u64,
     },
     /// AMD nested page fault (APM Vol. 2, "Nested versus Guest Page Faults").
     NestedPageFault {

@@ -2,7 +2,7 @@
 
 use super::access::{self, Datum, Vanished};
 use super::tlb::{Set, tag};
-use super::{PAGE_MASK, Place, Target};
+use super::{PAGE_MASK, Place, Target, rest_of_page};
 use crate::core_state::Core;
 use crate::trap::Trap;
 
@@ -89,19 +89,19 @@ impl Core {
             return Ok(());
         }
         let set = self.data_set();
-        let last = linear.wrapping_add(length - 1);
-        self.probe(linear, set)?;
-        if last & PAGE_MASK != linear & PAGE_MASK {
-            self.probe(last & PAGE_MASK, set)?;
+        let first = length.min(rest_of_page(linear));
+        self.probe(linear, first, set)?;
+        if first < length {
+            self.probe(linear.wrapping_add(first), length - first, set)?;
         }
         Ok(())
     }
 
-    fn probe(&mut self, linear: u64, set: Set) -> Result<(), Trap> {
+    fn probe(&mut self, linear: u64, bytes: u64, set: Set) -> Result<(), Trap> {
         if self.mem.tlb.entry(set.base(), linear).write == tag(linear, 1) {
             return Ok(());
         }
-        self.translate_data(linear, true, set).map(|_| ())
+        self.translate_data(linear, bytes, true, set).map(|_| ())
     }
 
     /// A store into a page that code was decoded from has been made.
@@ -161,7 +161,7 @@ impl Core {
     fn load_slow<T: Datum>(&mut self, linear: u64, set: Set) -> Result<T, Trap> {
         self.note_access(linear, T::SIZE as u64, false);
         if (linear & !PAGE_MASK) + T::SIZE as u64 <= 1 << super::PAGE_SHIFT {
-            let target = self.translate_data(linear, false, set)?;
+            let target = self.translate_data(linear, T::SIZE as u64, false, set)?;
             if let Place::Host(place) = target.place {
                 return self.load_host(place);
             }
@@ -169,7 +169,7 @@ impl Core {
             self.read_target(&target, &mut bytes[..T::SIZE])?;
             return Ok(T::from_bytes(bytes));
         }
-        let halves = self.translate_halves(linear, false, set)?;
+        let halves = self.translate_halves::<T>(linear, false, set)?;
         self.load_halves(&halves)
     }
 
@@ -178,7 +178,7 @@ impl Core {
     fn store_slow<T: Datum>(&mut self, linear: u64, value: T, set: Set) -> Result<(), Trap> {
         self.note_access(linear, T::SIZE as u64, true);
         if (linear & !PAGE_MASK) + T::SIZE as u64 <= 1 << super::PAGE_SHIFT {
-            let target = self.translate_data(linear, true, set)?;
+            let target = self.translate_data(linear, T::SIZE as u64, true, set)?;
             return match target.place {
                 Place::Host(place) => {
                     self.store_host(place, value)?;
@@ -190,7 +190,7 @@ impl Core {
                 Place::Emulated(_) => self.write_target(&target, &value.to_bytes()[..T::SIZE]),
             };
         }
-        let halves = self.translate_halves(linear, true, set)?;
+        let halves = self.translate_halves::<T>(linear, true, set)?;
         self.store_halves(&halves, value)
     }
 
@@ -205,7 +205,7 @@ impl Core {
         self.note_access(linear, T::SIZE as u64, true);
         let set = self.data_set();
         if (linear & !PAGE_MASK) + T::SIZE as u64 <= 1 << super::PAGE_SHIFT {
-            let target = self.translate_data(linear, true, set)?;
+            let target = self.translate_data(linear, T::SIZE as u64, true, set)?;
             if locked && let Place::Host(place) = target.place {
                 let result = self.rmw_locked_host(place, change)?;
                 if target.code {
@@ -221,7 +221,7 @@ impl Core {
             return Ok((old, new));
         }
         loop {
-            let halves = self.translate_halves(linear, true, set)?;
+            let halves = self.translate_halves::<T>(linear, true, set)?;
             if !locked {
                 let old = self.load_halves(&halves)?;
                 let new = change(old);
@@ -260,13 +260,19 @@ impl Core {
     }
 
     /// Translates both pages of an access before anything is read or written.
-    fn translate_halves(&mut self, linear: u64, write: bool, set: Set) -> Result<Halves, Trap> {
-        let first_len = ((1 << super::PAGE_SHIFT) - (linear & !PAGE_MASK)) as usize;
-        let first = self.translate_data(linear, write, set)?;
-        let second = self.translate_data(linear.wrapping_add(first_len as u64), write, set)?;
+    fn translate_halves<T: Datum>(
+        &mut self,
+        linear: u64,
+        write: bool,
+        set: Set,
+    ) -> Result<Halves, Trap> {
+        let first_len = rest_of_page(linear);
+        let first = self.translate_data(linear, first_len, write, set)?;
+        let (middle, rest) = (linear.wrapping_add(first_len), T::SIZE as u64 - first_len);
+        let second = self.translate_data(middle, rest, write, set)?;
         Ok(Halves {
             first,
-            first_len,
+            first_len: first_len as usize,
             second,
         })
     }

@@ -90,7 +90,7 @@ impl Core {
             smap_suspended: false,
         };
         let mapping = self.first_stage(linear, access)?;
-        let Some(page) = self.final_stage(linear, &mapping, Operation::Fetch)? else {
+        let Some(page) = self.final_stage(linear, 1, &mapping, Operation::Fetch)? else {
             // Code in emulated memory: KVM cannot fetch it either.
             return Err(self.unknown());
         };

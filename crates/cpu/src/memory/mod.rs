@@ -16,6 +16,7 @@ pub mod process;
 mod span;
 mod stage1;
 mod stage2;
+mod sub_page;
 #[cfg(test)]
 mod tests;
 mod tlb;
@@ -23,6 +24,7 @@ mod tlb;
 pub(crate) use access::Datum;
 pub use pml::Pml;
 pub use stage2::SecondStage;
+pub use sub_page::InvalidSppt;
 
 use crate::core_state::Core;
 use crate::line::Request;
@@ -34,7 +36,7 @@ use mmio::Mmio;
 use stage1::{Failure, GuestTables, LinearAccess, Mapping, Paging, Upper};
 use stage2::{GuestAccess, HostPage, Operation, Purpose, Rights, WalkCache, Walker};
 use tlb::{Allowed, Set, Tlb};
-use twofold_arch::{Gpa, Hpa};
+use twofold_arch::{Gpa, Hpa, sppt};
 
 /// log2 of the page size.
 const PAGE_SHIFT: u32 = twofold_arch::PAGE_SHIFT;
@@ -128,6 +130,11 @@ impl Memory {
     }
 }
 
+/// Bytes from `linear` to the end of its page.
+const fn rest_of_page(linear: u64) -> u64 {
+    (1 << PAGE_SHIFT) - (linear & !PAGE_MASK)
+}
+
 /// Where a guest-physical address leads.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Place {
@@ -143,13 +150,27 @@ struct Target {
     place: Place,
     /// Code was decoded from the page: a store has to be announced.
     code: bool,
+    /// Sub-page permissions allowed the write, and have been asked about its bytes only.
+    sub_page: bool,
 }
 
 impl Core {
     /// Chooses the second-stage tables. Forgets every translation.
     pub(crate) fn set_second_stage(&mut self, second_stage: SecondStage) {
+        let sppt = self.mem.walker.sppt();
         self.mem.walker = Walker::new(&self.machine, second_stage);
+        self.mem.walker.set_sppt(sppt);
         self.flush_all();
+    }
+
+    /// Chooses the sub-page permission table. Forgets every translation. Whether there can be one,
+    /// there.
+    pub(crate) fn set_sppt(&mut self, root: Option<Hpa>) -> bool {
+        let maxphyaddr = self.machine.config().maxphyaddr;
+        let accepted = root.is_none_or(|root| sppt::is_valid_pointer(root.get(), maxphyaddr))
+            && self.mem.walker.set_sppt(root);
+        self.flush_all();
+        accepted
     }
 
     /// Forgets every cached translation of either stage.
@@ -359,11 +380,13 @@ impl Core {
     fn final_stage(
         &mut self,
         linear: u64,
+        bytes: u64,
         mapping: &Mapping,
         operation: Operation,
     ) -> Result<Option<HostPage>, Trap> {
         let access = GuestAccess {
             gpa: mapping.gpa,
+            bytes,
             operation,
             linear,
             purpose: Purpose::Final {
@@ -379,8 +402,15 @@ impl Core {
         }
     }
 
-    /// Translates a data access within one page and caches the translation.
-    fn translate_data(&mut self, linear: u64, write: bool, set: Set) -> Result<Target, Trap> {
+    /// Translates a data access of `bytes` within one page and caches the translation. A write
+    /// that only sub-page permissions allow leaves no permission to write behind.
+    fn translate_data(
+        &mut self,
+        linear: u64,
+        bytes: u64,
+        write: bool,
+        set: Set,
+    ) -> Result<Target, Trap> {
         self.counters.tlb_misses += 1;
         let access = LinearAccess {
             write,
@@ -394,10 +424,11 @@ impl Core {
         } else {
             Operation::Read
         };
-        let Some(page) = self.final_stage(linear, &mapping, operation)? else {
+        let Some(page) = self.final_stage(linear, bytes, &mapping, operation)? else {
             return Ok(Target {
                 place: Place::Emulated(mapping.gpa),
                 code: false,
+                sub_page: false,
             });
         };
         let host = self.machine.host(page.hpa);
@@ -430,6 +461,7 @@ impl Core {
         Ok(Target {
             place: Place::Host(host + (linear & !PAGE_MASK) as usize),
             code,
+            sub_page: write && !page.rights.contains(Rights::WRITE),
         })
     }
 
@@ -462,6 +494,7 @@ impl NestedTables<'_> {
         let write = write || self.core.mem.walker.guest_tables_are_written();
         let access = GuestAccess {
             gpa,
+            bytes: 1,
             operation: if write {
                 Operation::Write
             } else {
@@ -561,6 +594,8 @@ impl SecondStageFault {
         match *self {
             Self::EptViolation { gpa, .. }
             | Self::EptMisconfiguration { gpa }
+            | Self::SpptMiss { gpa, .. }
+            | Self::SpptMisconfiguration { gpa, .. }
             | Self::NestedPageFault { gpa, .. } => gpa,
         }
     }

@@ -4,8 +4,9 @@
 //! much that was. Where it says zero, the caller goes element by element: that is always right.
 
 use super::access::{self, Vanished};
+use super::sub_page::rest_of_sub_page;
 use super::tlb::{Set, tag};
-use super::{PAGE_MASK, PAGE_SHIFT, Place, Target};
+use super::{Place, rest_of_page};
 use crate::core_state::Core;
 use crate::trap::Trap;
 
@@ -28,16 +29,20 @@ impl Core {
         bytes: u64,
         element: u64,
     ) -> Result<u64, Trap> {
-        let length = bytes.min(rest_of_page(to)).min(rest_of_page(from)) & !(element - 1);
+        let mut length = bytes.min(rest_of_page(to)).min(rest_of_page(from)) & !(element - 1);
         if length == 0 {
             return Ok(0);
         }
-        let Some(source) = self.plain(from, false)? else {
+        let Some((source, _)) = self.plain(from, element, false)? else {
             return Ok(0);
         };
-        let Some(target) = self.plain(to, true)? else {
+        let Some((target, room)) = self.plain(to, element, true)? else {
             return Ok(0);
         };
+        length = length.min(room) & !(element - 1);
+        if length == 0 {
+            return Ok(0);
+        }
         // Elements that overlap those they are copied to spread; bytes spread the same way only
         // if the distance is at least an element.
         let distance = target.wrapping_sub(source);
@@ -71,7 +76,7 @@ impl Core {
         bytes: u64,
     ) -> Result<u64, Trap> {
         // Eight bytes at a time, whatever the element.
-        let length = bytes.min(rest_of_page(to)) & !7;
+        let mut length = bytes.min(rest_of_page(to)) & !7;
         if length == 0 {
             return Ok(0);
         }
@@ -81,9 +86,13 @@ impl Core {
             4 => u64::from(value as u32) * 0x0000_0001_0000_0001,
             _ => value,
         };
-        let Some(target) = self.plain(to, true)? else {
+        let Some((target, room)) = self.plain(to, element, true)? else {
             return Ok(0);
         };
+        length = length.min(room) & !7;
+        if length == 0 {
+            return Ok(0);
+        }
         #[expect(unsafe_code)]
         // UNSAFETY: guest memory is raw memory.
         // SAFETY: the page was translated for writing since the last flush, in guest mode; the
@@ -101,26 +110,36 @@ impl Core {
         }
     }
 
-    /// Where a byte of plain memory is. `None` if its page is emulated or has a breakpoint or, to
-    /// write it, holds code.
-    fn plain(&mut self, linear: u64, write: bool) -> Result<Option<usize>, Trap> {
+    /// Where `element` bytes of plain memory, of which the first page holds at least one, are, and
+    /// how many bytes may be accessed from there. `None` if the page is emulated or has a breakpoint
+    /// or, to write it, holds code.
+    fn plain(
+        &mut self,
+        linear: u64,
+        element: u64,
+        write: bool,
+    ) -> Result<Option<(usize, u64)>, Trap> {
+        let page = rest_of_page(linear);
         let entry = self.mem.tlb.entry(self.mem.data_base, linear);
         let cached = if write { entry.write } else { entry.read };
         if cached == tag(linear, 1) {
-            return Ok(Some(linear.wrapping_add(entry.addend) as usize));
+            return Ok(Some((linear.wrapping_add(entry.addend) as usize, page)));
         }
         if self.breakpoints.watches_page(linear, write) {
             return Ok(None);
         }
         let set: Set = self.data_set();
-        let Target { place, code } = self.translate_data(linear, write, set)?;
-        Ok(match place {
-            Place::Host(host) if !(write && code) => Some(host),
+        let target = self.translate_data(linear, element.min(page), write, set)?;
+        Ok(match target.place {
+            Place::Host(host) if !(write && target.code) => {
+                // The verdict on one byte of a sub-page is that on all of them.
+                let room = match target.sub_page {
+                    true => rest_of_sub_page(linear),
+                    false => page,
+                };
+                Some((host, room))
+            }
             _ => None,
         })
     }
-}
-
-fn rest_of_page(linear: u64) -> u64 {
-    (1 << PAGE_SHIFT) - (linear & !PAGE_MASK)
 }

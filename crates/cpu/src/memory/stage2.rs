@@ -6,6 +6,7 @@
 //! qualification, an EPT misconfiguration, or a nested page fault with its error code.
 
 use super::access::{Datum, Vanished};
+use super::sub_page::{self, Verdict};
 use super::{Memory, PAGE_MASK, PAGE_SHIFT, Pml};
 use crate::machine::{Machine, SecondStageKind};
 use crate::trap::{Exit, SecondStageFault};
@@ -64,6 +65,9 @@ pub(crate) enum Purpose {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct GuestAccess {
     pub(crate) gpa: u64,
+    /// How many bytes, all in the page of `gpa`. Only the sub-page permissions of a write depend on
+    /// it.
+    pub(crate) bytes: u64,
     pub(crate) operation: Operation,
     /// The linear address that is being translated or accessed.
     pub(crate) linear: u64,
@@ -74,6 +78,7 @@ pub(crate) struct GuestAccess {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct HostPage {
     pub(crate) hpa: Hpa,
+    /// Without the right to write if that was given to this access alone, by sub-page permissions.
     pub(crate) rights: Rights,
     /// The leaf's dirty flag is set, or there is none to set.
     pub(crate) dirty: bool,
@@ -89,11 +94,15 @@ enum Decoded {
 
 /// Why a walk failed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Failure {
+pub(super) enum Failure {
     /// What the entries that were read allow together; nothing if one was not present.
     Denied { rights: Rights, present: bool },
     /// The processor refuses an entry.
     Malformed,
+    /// Sub-page permissions have to be asked for, and a table of theirs is missing.
+    SubPageMiss,
+    /// The processor refuses an entry of the sub-page permission table.
+    SubPageMalformed,
 }
 
 /// A table format, and where the tables are.
@@ -108,6 +117,9 @@ trait Format: Copy {
     /// Whether dirty flags that are set are logged where a log is chosen.
     fn logs(self) -> bool;
     fn decode(self, entry: u64, level: Level) -> Decoded;
+    /// The table that has a say in whether a page may be written that the entries of the walk, the
+    /// last of which is `leaf`, forbid to write and allow to read.
+    fn sub_pages(self, leaf: u64, level: Level) -> Option<Hpa>;
     fn fault(self, failure: Failure, access: &GuestAccess) -> SecondStageFault;
 }
 
@@ -115,6 +127,8 @@ trait Format: Copy {
 struct Ept {
     pointer: Eptp,
     caps: EptCaps,
+    /// The root of the sub-page permission table, if there is one.
+    sppt: Option<Hpa>,
 }
 
 impl Format for Ept {
@@ -151,11 +165,23 @@ impl Format for Ept {
         }
     }
 
+    fn sub_pages(self, leaf: u64, level: Level) -> Option<Hpa> {
+        self.sppt.filter(|_| {
+            level == Level::L4K
+                && EptFlags::from_bits_retain(leaf).contains(EptFlags::SUB_PAGE_WRITE)
+        })
+    }
+
     #[cold]
     fn fault(self, failure: Failure, access: &GuestAccess) -> SecondStageFault {
-        let gpa = Gpa::new(access.gpa);
-        let Failure::Denied { rights, .. } = failure else {
-            return SecondStageFault::EptMisconfiguration { gpa };
+        let (gpa, gla) = (Gpa::new(access.gpa), access.linear);
+        let rights = match failure {
+            Failure::Denied { rights, .. } => rights,
+            Failure::Malformed => return SecondStageFault::EptMisconfiguration { gpa },
+            Failure::SubPageMiss => return SecondStageFault::SpptMiss { gpa, gla },
+            Failure::SubPageMalformed => {
+                return SecondStageFault::SpptMisconfiguration { gpa, gla };
+            }
         };
         let mut qualification = match (access.operation, access.purpose) {
             // SDM Vol. 3, "EPT Violations": with accessed and dirty flags enabled, accesses to
@@ -188,7 +214,7 @@ impl Format for Ept {
         SecondStageFault::EptViolation {
             gpa,
             qualification: qualification.bits(),
-            gla: access.linear,
+            gla,
         }
     }
 }
@@ -243,12 +269,19 @@ impl Format for Npt {
         }
     }
 
+    /// AMD's processors have no such permissions.
+    fn sub_pages(self, _leaf: u64, _level: Level) -> Option<Hpa> {
+        None
+    }
+
     #[cold]
     fn fault(self, failure: Failure, access: &GuestAccess) -> SecondStageFault {
         let mut error = Pferr::USER;
         match failure {
             Failure::Denied { present, .. } => error.set(Pferr::PRESENT, present),
-            Failure::Malformed => error |= Pferr::PRESENT | Pferr::RSVD,
+            Failure::Malformed | Failure::SubPageMiss | Failure::SubPageMalformed => {
+                error |= Pferr::PRESENT | Pferr::RSVD
+            }
         }
         error.set(Pferr::WRITE, access.operation == Operation::Write);
         error.set(Pferr::FETCH, access.operation == Operation::Fetch);
@@ -297,6 +330,7 @@ impl Walker {
             SecondStage::Ept(pointer) => Tables::Ept(Ept {
                 pointer,
                 caps: EptCaps::full(maxphyaddr),
+                sppt: None,
             }),
             SecondStage::Npt { root, level } => Tables::Npt(Npt {
                 root,
@@ -305,6 +339,26 @@ impl Walker {
             }),
         };
         Self { tables }
+    }
+
+    /// Chooses the root of the sub-page permission table, or none. Whether it could be: NPT has no
+    /// such table.
+    pub(crate) fn set_sppt(&mut self, root: Option<Hpa>) -> bool {
+        match &mut self.tables {
+            Tables::Ept(format) => {
+                format.sppt = root;
+                true
+            }
+            Tables::Npt(_) => root.is_none(),
+        }
+    }
+
+    /// The root of the sub-page permission table.
+    pub(crate) fn sppt(&self) -> Option<Hpa> {
+        match self.tables {
+            Tables::Ept(format) => format.sppt,
+            Tables::Npt(_) => None,
+        }
     }
 
     /// Whether a read of a guest table entry counts as a write of the page that holds it.
@@ -395,6 +449,19 @@ fn walk<F: Format>(
     };
     Err(match stop {
         Stop::Refused(failure) => Exit::SecondStage(format.fault(failure, access)),
+        Stop::SubPageDenied { rights, distance } => {
+            let failure = Failure::Denied {
+                rights,
+                present: true,
+            };
+            // What is reported is the first byte that must not be written.
+            let denied = GuestAccess {
+                gpa: access.gpa + distance,
+                linear: access.linear.wrapping_add(distance),
+                ..*access
+            };
+            Exit::SecondStage(format.fault(failure, &denied))
+        }
         Stop::LogFull => Exit::PmlFull,
         Stop::Vanished(place) => Exit::HostFault { hva: place as u64 },
     })
@@ -428,9 +495,11 @@ fn walk_from_root<F: Format>(
 }
 
 /// Why a walk ended early.
-enum Stop {
+pub(super) enum Stop {
     /// The tables do not allow the access.
     Refused(Failure),
+    /// Sub-page permissions do not allow a write of the byte at this distance from its first.
+    SubPageDenied { rights: Rights, distance: u64 },
     /// A dirty flag has to be set, and the log of those has no room.
     LogFull,
     /// There is no memory at this address of the process.
@@ -496,10 +565,21 @@ fn descend<F: Format>(
                 continue;
             }
             if !rights.contains(wanted) {
-                return refuse(Failure::Denied {
-                    rights,
-                    present: true,
-                });
+                let Some(sppt) = sub_pages(format, entry, level, rights, access) else {
+                    return refuse(Failure::Denied {
+                        rights,
+                        present: true,
+                    });
+                };
+                let maxphyaddr = machine.config().maxphyaddr;
+                match sub_page::judge(machine, sppt, maxphyaddr, access.gpa, access.bytes)? {
+                    Verdict::Allowed => {}
+                    Verdict::Denied(distance) => {
+                        return Err(Stop::SubPageDenied { rights, distance });
+                    }
+                    Verdict::Miss => return refuse(Failure::SubPageMiss),
+                    Verdict::Misconfigured => return refuse(Failure::SubPageMalformed),
+                }
             }
             let mut dirty = true;
             if format.flags_managed() {
@@ -539,10 +619,25 @@ fn descend<F: Format>(
     }
 }
 
+/// The table of sub-page permissions that judges an access which the entries of a walk forbid, if
+/// one does: only for a write, not of the guest's page walk, to a page that may be read.
+fn sub_pages<F: Format>(
+    format: F,
+    leaf: u64,
+    level: Level,
+    rights: Rights,
+    access: &GuestAccess,
+) -> Option<Hpa> {
+    let eligible = access.operation == Operation::Write
+        && matches!(access.purpose, Purpose::Final { .. })
+        && rights.contains(Rights::READ);
+    eligible.then(|| format.sub_pages(leaf, level)).flatten()
+}
+
 /// Reads a table entry. Tables are the hypervisor's own memory and do not vanish, but a wrong root
 /// must not crash the program either.
 #[inline(always)]
-fn read_entry(place: usize) -> Result<u64, Stop> {
+pub(super) fn read_entry(place: usize) -> Result<u64, Stop> {
     let pointer = std::ptr::with_exposed_provenance::<u8>(place);
     #[expect(unsafe_code)]
     // UNSAFETY: second-stage tables are raw memory.

@@ -26,6 +26,11 @@ impl Vcpu {
             SecondStageFault::NestedPageFault { gpa, error } => {
                 (gpa, Pferr::from_bits_truncate(error))
             }
+            SecondStageFault::SpptMiss { gpa, .. }
+            | SecondStageFault::SpptMisconfiguration { gpa, .. } => {
+                tracing::error!(%gpa, ?fault, "there is no sub-page permission table");
+                return Ok(self.emulation_failure(&[]));
+            }
         };
         let counters = &self.core.counters;
         counters.pf_taken.increment();

@@ -2,6 +2,7 @@
 
 mod pml;
 mod running;
+mod sub_pages;
 mod values;
 mod walks;
 
