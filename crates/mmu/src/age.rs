@@ -63,12 +63,8 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     fn age(&self, writer: &Writer<F>, as_id: u16, gfns: Range<Gfn>, ask: Ask) -> bool {
         let range = gfns.start.address()..gfns.end.address();
         let mut young = false;
-        for root in writer
-            .roots
-            .iter()
-            .filter(|root| root.role.as_id() == as_id)
-        {
-            let mut cursor = Cursor::new(self.table_locked(root.table, writer), range.clone());
+        for root in writer.direct_roots(as_id) {
+            let mut cursor = Cursor::new(self.table_locked(root, writer), range.clone());
             while let Some(seen) = cursor.next() {
                 let entry = seen.value();
                 if seen.entry::<F>() != Entry::Leaf

@@ -260,12 +260,8 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     ) {
         let range = gfns.start.address()..gfns.end.address();
         let pml = self.logs_by_pml();
-        for root in writer
-            .roots
-            .iter()
-            .filter(|root| root.role.as_id() == slot.as_id)
-        {
-            let mut cursor = Cursor::new(self.table_locked(root.table, writer), range.clone());
+        for root in writer.direct_roots(slot.as_id) {
+            let mut cursor = Cursor::new(self.table_locked(root, writer), range.clone());
             while let Some(seen) = cursor.next() {
                 if seen.entry::<F>() == Entry::Leaf
                     && notice_leaf(&cursor.table(), seen, pml, debt).is_err()

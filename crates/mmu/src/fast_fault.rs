@@ -63,7 +63,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         if root.is_obsolete() {
             return Some(Outcome::ObsoleteRoot);
         }
-        let table = self.table_in(root.table, &section);
+        let table = self.table_in(root, &section);
         if fault.gpa.get() >= table.end() {
             return None;
         }
@@ -92,7 +92,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         if root.is_obsolete() {
             return Restored::Done(Outcome::ObsoleteRoot);
         }
-        let table = self.table_in(root.table, &section);
+        let table = self.table_in(root, &section);
         if fault.gpa.get() >= table.end() {
             return Restored::NotHere;
         }

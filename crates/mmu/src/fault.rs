@@ -75,6 +75,10 @@ pub enum FaultError {
     /// No page for a table could be had: `-ENOMEM`.
     #[error("no memory for a table page")]
     OutOfMemory,
+    /// The owner of the external tables has refused something it should not have
+    /// ([`Mmu::bug`]): the VM is dead, `-EIO`.
+    #[error("the tables of private memory are not as they should be; the VM cannot go on")]
+    Bugged,
 }
 
 impl FaultError {
@@ -116,13 +120,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         let (state, mut sections, memory) = reader.parts(self.id);
         state.count(Counter::Taken);
         let outcome = self.resolve(state, &mut sections, memory, &root.state, fault)?;
-        match outcome {
-            Outcome::Fixed { .. } => state.count(Counter::Fixed),
-            Outcome::Spurious => state.count(Counter::Spurious),
-            Outcome::Mmio => state.count(Counter::Emulate),
-            Outcome::SubPageDenied => {}
-            Outcome::Retry | Outcome::ObsoleteRoot => state.count(Counter::Retry),
-        }
+        state.count_outcome(outcome);
         Ok(outcome)
     }
 
@@ -146,7 +144,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             let snapshot = self.invalidation.snapshot();
             if !self.remember_slot(sections, memory, root.role.as_id(), gfn) {
                 if self.is_private(gfn) {
-                    return Err(FaultError::WrongKind { private: true });
+                    return Err(self.private_without_slot(error));
                 }
                 return self.no_slot(state, sections, memory, root, fault.gpa);
             }
@@ -178,14 +176,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                     return self.refused(known, snapshot, FaultError::bad(known));
                 }
                 Ok(page) => page,
-                Err(PopulateError::Fault) => {
-                    return self.refused(known, snapshot, FaultError::bad(known));
-                }
-                Err(PopulateError::Poisoned) => {
-                    return self.refused(known, snapshot, FaultError::poisoned(known));
-                }
-                Err(PopulateError::Interrupted) => return Err(FaultError::Interrupted),
-                Err(PopulateError::Again) => return Ok(Outcome::Retry),
+                Err(error) => return self.not_populated(known, snapshot, error),
             };
             let leaf_table = &mut memory.leaf_table;
             if let Some(outcome) = self.map_in_table(
@@ -201,6 +192,22 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             }
         }
         Ok(Outcome::Retry)
+    }
+
+    /// The host has no page for a fault.
+    #[cold]
+    pub(crate) fn not_populated(
+        &self,
+        known: &KnownSlot,
+        snapshot: Snapshot,
+        error: PopulateError,
+    ) -> Result<Outcome, FaultError> {
+        match error {
+            PopulateError::Fault => self.refused(known, snapshot, FaultError::bad(known)),
+            PopulateError::Poisoned => self.refused(known, snapshot, FaultError::poisoned(known)),
+            PopulateError::Interrupted => Err(FaultError::Interrupted),
+            PopulateError::Again => Ok(Outcome::Retry),
+        }
     }
 
     /// The host has refused a page. That is `reason` enough to fail only if the slot and its memory
@@ -250,7 +257,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         if space.tree.find(gpa.frame(), &section).is_some() {
             return Ok(Outcome::Retry);
         }
-        let table = self.table_in(root.table, &section);
+        let table = self.table_in(root, &section);
         if !enough
             || generation & UPDATE_IN_PROGRESS != 0
             || root.is_obsolete()

@@ -36,6 +36,10 @@ pub trait MmuFormat: Format {
     /// The bits that make an MMIO entry on a machine with this physical address width, and the mask
     /// under which they are compared; `None` if no value is sure to fault there.
     fn mmio_value(maxphyaddr: u8) -> Option<(u64, u64)>;
+
+    /// The same for an entry whose violation becomes an exception in the guest, if the format has
+    /// such (SPEC 4.6: all of RWX clear, and violations not suppressed).
+    const VIOLATING_MMIO: Option<(u64, u64)>;
 }
 
 impl MmuFormat for Ept {
@@ -59,6 +63,9 @@ impl MmuFormat for Ept {
         let value = EptFlags::WRITE | EptFlags::EXECUTE;
         Some((value.bits(), (EptFlags::RWX | EptFlags::SUPPRESS_VE).bits()))
     }
+
+    const VIOLATING_MMIO: Option<(u64, u64)> =
+        Some((0, EptFlags::RWX.bits() | EptFlags::SUPPRESS_VE.bits()));
 }
 
 impl MmuFormat for Npt {
@@ -79,4 +86,6 @@ impl MmuFormat for Npt {
         let value = (NptFlags::PRESENT | NptFlags::WRITE | NptFlags::USER).bits() | 1 << 51;
         (maxphyaddr < 52).then_some((value, value))
     }
+
+    const VIOLATING_MMIO: Option<(u64, u64)> = None;
 }

@@ -155,6 +155,17 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         Ok(())
     }
 
+    /// What an access to a private frame in no slot ends with: where the processor knows, it said
+    /// which kind of access it was.
+    #[cold]
+    pub(crate) fn private_without_slot(&self, error: Pferr) -> FaultError {
+        let by_processor = |policy: PrivateMemory| policy.access == AccessKind::ByProcessor;
+        FaultError::WrongKind {
+            private: !self.config.private_memory.is_some_and(by_processor)
+                || error.contains(Pferr::PRIVATE_ACCESS),
+        }
+    }
+
     /// Which half of the slot an access means: `None` if the slot has changed meanwhile.
     ///
     /// # Errors

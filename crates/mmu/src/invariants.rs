@@ -213,7 +213,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         tables: &mut BTreeSet<u64>,
         report: &mut Report,
     ) {
-        let table = self.table_locked(root.table, writer);
+        let table = self.table_locked(root, writer);
         let mut cursor = Cursor::new(table, Gpa::new(0)..Gpa::new(table.end()));
         let mut count_table = |page: u64, report: &mut Report, gfn| {
             let new = tables.insert(page);

@@ -63,7 +63,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         {
             return None;
         }
-        let table = self.table_in(root.table, &section);
+        let table = self.table_in(root, &section);
         let epoch = self.epoch(&section);
         let remembered = Self::look_again(&table, *leaf_table, gfn, epoch);
         let seen = match remembered {
@@ -87,7 +87,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     /// that the faults that do not need it keep the root in registers.
     #[inline(never)]
     fn look_elsewhere(&self, root: &RootState, section: &Section<'_>, gpa: Gpa) -> Option<Seen> {
-        let table = self.table_in(root.table, section);
+        let table = self.table_in(root, section);
         if gpa.get() >= table.end() {
             return None;
         }
@@ -184,7 +184,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         if root.is_obsolete() {
             return Attempt::Done(Outcome::ObsoleteRoot);
         }
-        let table = self.table_in(root.table, &section);
+        let table = self.table_in(root, &section);
         if fault.gpa.get() >= table.end() {
             return Attempt::Done(Outcome::Mmio);
         }

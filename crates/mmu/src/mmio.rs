@@ -17,6 +17,17 @@ const LOW_BITS: u32 = 8;
 const LOW_SHIFT: u32 = 3;
 const HIGH_SHIFT: u32 = 52;
 
+/// How an access without memory is told from others: by what the entry there makes of it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum MmioFault {
+    /// A fault of its own kind: an EPT misconfiguration, or a reserved bit in NPT.
+    #[default]
+    Misconfiguration,
+    /// An EPT violation that becomes #VE in the guest, since the entry alone of all does not
+    /// suppress it: for a TD, whose instructions a hypervisor cannot read. Not in NPT.
+    Violation,
+}
+
 /// How MMIO entries look in one VM, or that there can be none.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct MmioEncoding {
@@ -26,9 +37,12 @@ pub struct MmioEncoding {
 
 impl MmioEncoding {
     /// The encoding of a format on a machine with this physical address width, or `None` where the
-    /// format has no value that is sure to fault.
-    pub fn new<F: MmuFormat>(maxphyaddr: u8) -> Option<Self> {
-        let (value, mask) = F::mmio_value(maxphyaddr)?;
+    /// format has no value that is sure to fault like this.
+    pub fn new<F: MmuFormat>(maxphyaddr: u8, fault: MmioFault) -> Option<Self> {
+        let (value, mask) = match fault {
+            MmioFault::Misconfiguration => F::mmio_value(maxphyaddr)?,
+            MmioFault::Violation => F::VIOLATING_MMIO?,
+        };
         Some(Self { value, mask })
     }
 
@@ -76,7 +90,7 @@ mod tests {
     }
 
     fn every_generation_survives<F: MmuFormat>(gfns: &[Gfn]) {
-        let mmio = MmioEncoding::new::<F>(51).unwrap();
+        let mmio = MmioEncoding::new::<F>(51, MmioFault::Misconfiguration).unwrap();
         for generation in generations() {
             for &gfn in gfns {
                 let entry = mmio.encode(gfn, generation | 1 << 40);
@@ -111,7 +125,7 @@ mod tests {
 
     #[test]
     fn ept_entries_misconfigure_whatever_they_carry() {
-        let mmio = MmioEncoding::new::<Ept>(52).unwrap();
+        let mmio = MmioEncoding::new::<Ept>(52, MmioFault::Misconfiguration).unwrap();
         for generation in generations() {
             let entry = mmio.encode(Gfn::new((1 << 40) - 1), generation);
             assert!(matches!(
@@ -123,8 +137,11 @@ mod tests {
 
     #[test]
     fn npt_has_no_mmio_entry_without_a_reserved_address_bit() {
-        assert_eq!(MmioEncoding::new::<Npt>(52), None);
-        assert!(MmioEncoding::new::<Npt>(51).is_some());
+        assert_eq!(
+            MmioEncoding::new::<Npt>(52, MmioFault::Misconfiguration),
+            None
+        );
+        assert!(MmioEncoding::new::<Npt>(51, MmioFault::Misconfiguration).is_some());
         // The flag that such a fault carries; SPEC 4.6.
         assert_eq!(Pferr::RSVD.bits(), 8);
     }

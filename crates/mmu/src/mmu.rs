@@ -9,7 +9,8 @@ use crate::host::Host;
 use crate::invalidation::Invalidation;
 use crate::invariants::Locked;
 use crate::lock::Lock;
-use crate::mmio::MmioEncoding;
+use crate::mirror::Mirror;
+use crate::mmio::{MmioEncoding, MmioFault};
 use crate::nx_huge_pages::Marked;
 use crate::reader::{Reader, ReaderState, ReaderStats};
 use crate::region::ADDRESS_SPACES;
@@ -21,7 +22,7 @@ use crate::tables::{Access, Pages};
 use crate::zap::Retired;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use spin::MutexGuard;
+use spin::{MutexGuard, Once};
 use twofold_arch::{Gfn, Gpa};
 use twofold_table::{Debt, Height, RawPages, Storage};
 
@@ -50,6 +51,8 @@ pub struct Config {
     pub nx_huge_pages: bool,
     /// What private memory is like in this type of VM, if there is any.
     pub private_memory: Option<PrivateMemory>,
+    /// How accesses without memory are told from others.
+    pub mmio: MmioFault,
 }
 
 impl Default for Config {
@@ -63,6 +66,7 @@ impl Default for Config {
             eager_split: true,
             nx_huge_pages: false,
             private_memory: None,
+            mmio: MmioFault::Misconfiguration,
         }
     }
 }
@@ -87,6 +91,8 @@ pub struct Mmu<F: MmuFormat, H: Host> {
     /// Raised whenever tables have been unlinked.
     pub(crate) unlinked: AtomicU64,
     pub(crate) mmio: Option<MmioEncoding>,
+    /// What a TD has besides.
+    pub(crate) mirror: Once<Mirror>,
     pub(crate) slot_zap_all: AtomicBool,
     /// Huge leaves are not executable now.
     pub(crate) nx_huge_pages: AtomicBool,
@@ -133,6 +139,14 @@ pub(crate) struct Writer<F: MmuFormat> {
     pub(crate) retired: Retired<F>,
 }
 
+impl<F: MmuFormat> Writer<F> {
+    /// The roots of an address space that processors walk: all but mirrors.
+    pub(crate) fn direct_roots(&self, as_id: u16) -> impl Iterator<Item = &Arc<RootState>> {
+        let roots = self.roots.iter();
+        roots.filter(move |root| root.role.as_id() == as_id && !root.role.mirror)
+    }
+}
+
 impl<F: MmuFormat, H: Host> Mmu<F, H> {
     /// An MMU without slots.
     pub fn new(host: H, config: Config) -> Self {
@@ -146,7 +160,8 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             invalidation: Invalidation::new(),
             attributes: Attributes::new(config.maxphyaddr),
             unlinked: AtomicU64::new(0),
-            mmio: MmioEncoding::new::<F>(config.maxphyaddr),
+            mmio: MmioEncoding::new::<F>(config.maxphyaddr, config.mmio),
+            mirror: Once::new(),
             slot_zap_all: AtomicBool::new(config.slot_zap_all),
             nx_huge_pages: AtomicBool::new(config.nx_huge_pages),
             nx_marked: Lock::new(Marked::default()),
@@ -235,6 +250,8 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     /// The valid root for `role`, made if there is none. Counted: it lives until its last
     /// [`Root`] is dropped.
     ///
+    /// The roots of a VM with a mirror come from [`load_td_roots`](Self::load_td_roots).
+    ///
     /// # Errors
     /// [`OutOfMemory`] when a table page cannot be had.
     pub fn load_root(&self, role: RootRole) -> Result<Root, OutOfMemory> {
@@ -249,7 +266,11 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         let page = self.host().alloc_table().ok_or(OutOfMemory)?;
         let table = self.root_table(page, Height::from(role.level));
         self.pages.fill(table.page, F::ENTRIES, F::EMPTY);
-        let state = Arc::new(RootState::new(table, role, self.ad_bits(role)));
+        let base = match self.mirror.get() {
+            Some(mirror) if !role.mirror && role.level == mirror.level() => mirror.shared,
+            _ => 0,
+        };
+        let state = Arc::new(RootState::new(table, role, base, self.ad_bits(role)));
         writer.roots.push(Arc::clone(&state));
         Ok(Root { state })
     }
@@ -339,9 +360,9 @@ impl<F: MmuFormat, H: Host> Drop for Mmu<F, H> {
         self.sweep_readers(&mut writer);
         let mut debt = Debt::none();
         let roots = core::mem::take(&mut writer.roots);
+        self.end_mirror(&writer, &roots);
         for root in &roots {
-            self.table_locked(root.table, &writer)
-                .retire_root(&mut debt);
+            self.table_locked(root, &writer).retire_root(&mut debt);
         }
         self.pay(&writer, debt);
         let _readers = self.synchronize(&mut writer);

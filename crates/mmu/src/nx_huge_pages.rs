@@ -102,7 +102,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                     continue;
                 }
                 for root in writer.roots.iter().filter(|root| key.is_of(root.role)) {
-                    let table = self.table_locked(root.table, &writer);
+                    let table = self.table_locked(root, &writer);
                     let seen = table.lookup(gfn.address(), Height::new(key.height));
                     let is_marked = seen.place().height() == Height::new(key.height)
                         && seen.value() & NX_SPLIT != 0
@@ -129,7 +129,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                 }
                 let gpa = Gfn::new(key.gfn).address();
                 let seen = self
-                    .table_locked(root.table, &writer)
+                    .table_locked(root, &writer)
                     .lookup(gpa, Height::new(key.height));
                 seen.place().height() == Height::new(key.height)
                     && matches!(seen.entry::<F>(), Entry::Table(_))
@@ -148,7 +148,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
 
 impl Key {
     fn is_of(&self, role: RootRole) -> bool {
-        (self.root_level, self.smm, self.guest_mode)
-            == (role.level.number(), role.smm, role.guest_mode)
+        (self.root_level, self.smm, self.guest_mode, false)
+            == (role.level.number(), role.smm, role.guest_mode, role.mirror)
     }
 }

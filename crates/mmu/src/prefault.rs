@@ -107,6 +107,10 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                 None => return Err(PrefaultError::SlotChanges),
             },
         };
+        // It was shared a moment ago, or this would not be the root to map it in.
+        if known.is_private() && self.mirror.is_completed() {
+            return Ok(Step::Again);
+        }
         known.prepared = true;
         {
             let section = sections.enter();
@@ -117,7 +121,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             if root.is_obsolete() {
                 return Err(PrefaultError::ObsoleteRoot);
             }
-            let table = self.table_in(root.table, &section);
+            let table = self.table_in(root, &section);
             if gfn.address().get() >= table.end() {
                 return Err(PrefaultError::NoSlot);
             }
@@ -252,7 +256,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                 }
             };
             let range = first.address()..end.address();
-            let table = self.table_in(root.table, &section);
+            let table = self.table_in(root, &section);
             match table.map_range(range.clone(), Height::LEAF, leaf, &mut memory.pool) {
                 Ok(made) if made == found as u64 || is_mapped(table, range) => made,
                 Ok(made) => {

@@ -4,6 +4,7 @@
 #![expect(unsafe_code)]
 
 use crate::dirty_ring::DirtyRing;
+use crate::fault::Outcome;
 use crate::region::ADDRESS_SPACES;
 use crate::slots::{SlotHint, SlotInfo};
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -154,6 +155,18 @@ impl ReaderState {
     #[inline(always)]
     pub(crate) fn count(&self, counter: Counter) {
         bump(&self.counters[counter as usize]);
+    }
+
+    /// Counts what became of a fault.
+    #[inline(always)]
+    pub(crate) fn count_outcome(&self, outcome: Outcome) {
+        match outcome {
+            Outcome::Fixed { .. } => self.count(Counter::Fixed),
+            Outcome::Spurious => self.count(Counter::Spurious),
+            Outcome::Mmio => self.count(Counter::Emulate),
+            Outcome::SubPageDenied => {}
+            Outcome::Retry | Outcome::ObsoleteRoot => self.count(Counter::Retry),
+        }
     }
 
     #[inline(always)]

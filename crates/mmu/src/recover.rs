@@ -76,7 +76,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                 if root.is_obsolete() || !self.invalidation.allows(snapshot, hva) {
                     break;
                 }
-                let table = self.table_locked(root.table, &writer);
+                let table = self.table_locked(root, &writer);
                 let seen = table.lookup(first.address(), Height::from(level));
                 if let Some(leaf) = self.leaf_for_table(&table, &seen, level) {
                     // Who was faster may have what he wanted.
@@ -102,7 +102,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         if root.is_obsolete() {
             return (found, None);
         }
-        let table = self.table_locked(root.table, &writer);
+        let table = self.table_locked(root, &writer);
         let mut cursor = Cursor::new(table, gfns.start.address()..gfns.end.address());
         while let Some(seen) = cursor.next() {
             let (place, height) = (seen.place(), Height::from(level));

@@ -15,6 +15,9 @@ pub struct RootRole {
     pub smm: bool,
     /// The guest itself runs a guest.
     pub guest_mode: bool,
+    /// A mirror of external tables, which no processor walks
+    /// ([`load_td_roots`](crate::Mmu::load_td_roots)).
+    pub mirror: bool,
 }
 
 impl RootRole {
@@ -23,6 +26,7 @@ impl RootRole {
         level: Level::L512G,
         smm: false,
         guest_mode: false,
+        mirror: false,
     };
 
     /// The address space: 1 in system management mode, else 0.
@@ -37,16 +41,19 @@ impl RootRole {
 pub(crate) struct RootState {
     pub(crate) table: RootTable,
     pub(crate) role: RootRole,
+    /// Where address 0 is in the table: the shared bit for a TD's shared half, else 0.
+    pub(crate) base: u64,
     /// How the leaves below tell what is used.
     pub(crate) ad: AdBits,
     obsolete: AtomicBool,
 }
 
 impl RootState {
-    pub(crate) fn new(table: RootTable, role: RootRole, ad: AdBits) -> Self {
+    pub(crate) fn new(table: RootTable, role: RootRole, base: u64, ad: AdBits) -> Self {
         Self {
             table,
             role,
+            base,
             ad,
             obsolete: AtomicBool::new(false),
         }

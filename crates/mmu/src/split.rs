@@ -62,9 +62,9 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     /// between.
     pub(crate) fn roots_of(&self, as_id: u16) -> Vec<Arc<RootState>> {
         let writer = self.lock();
-        let roots = writer.roots.iter();
+        let roots = writer.direct_roots(as_id);
         roots
-            .filter(|root| root.role.as_id() == as_id && !root.is_obsolete())
+            .filter(|root| !root.is_obsolete())
             .map(Arc::clone)
             .collect()
     }
@@ -94,7 +94,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         if root.is_obsolete() {
             return None;
         }
-        let mut cursor = Cursor::new(self.table_locked(root.table, &writer), range);
+        let mut cursor = Cursor::new(self.table_locked(root, &writer), range);
         while let Some(seen) = cursor.next() {
             let height = seen.place().height();
             match seen.entry::<F>() {

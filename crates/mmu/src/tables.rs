@@ -6,6 +6,7 @@
 use crate::format::MmuFormat;
 use crate::host::Host;
 use crate::mmu::{Mmu, Writer};
+use crate::root::RootState;
 use crate::sync::atomic::Ordering;
 use core::ptr::NonNull;
 use twofold_arch::{Gfn, Gpa, Hpa};
@@ -123,23 +124,23 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     #[inline(always)]
     pub(crate) fn table_in<'s>(
         &'s self,
-        root: RootTable,
+        root: &RootState,
         _section: &'s Section<'_>,
     ) -> Table<'s, F, Pages<H>> {
         // SAFETY: tables are given back only after every section that began before they were
         // unlinked has ended (`pay`), root pages only when no `Root` exists; the caller has one.
-        unsafe { Table::new(&self.pages, root) }
+        unsafe { Table::new(&self.pages, root.table) }.from(root.base)
     }
 
     /// The right to walk below `root` with the writers' lock.
     pub(crate) fn table_locked<'s>(
         &'s self,
-        root: RootTable,
+        root: &RootState,
         _writer: &'s Writer<F>,
     ) -> Table<'s, F, Pages<H>> {
         // SAFETY: tables are unlinked under the lock, or by a fault that takes the lock before it
         // gives them back; so whoever holds the lock finds none that is given back meanwhile.
-        unsafe { Table::new(&self.pages, root) }
+        unsafe { Table::new(&self.pages, root.table) }.from(root.base)
     }
 
     /// How often tables have been unlinked: a leaf table found under one value is still linked, or

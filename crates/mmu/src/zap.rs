@@ -19,6 +19,8 @@ use twofold_table::{
 /// Pages that an operation which may block works on under one hold of the writers' lock: half a
 /// gigabyte, some ten microseconds' work if it goes table by table.
 const PAGES_AT_ONCE: u64 = 1 << 17;
+/// The same where each page may have to be taken from somebody else.
+const MIRRORED_PAGES_AT_ONCE: u64 = 1 << 10;
 
 impl<F: MmuFormat, H: Host> Mmu<F, H> {
     /// Waits for every read section that may have missed what this thread has changed, and frees
@@ -88,9 +90,13 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     pub(crate) fn zap_range(&self, operation: &RangeOperation) {
         let end = operation.gfns.end;
         let mut start = operation.gfns.start;
+        let at_once = match self.mirror.is_completed() {
+            true => MIRRORED_PAGES_AT_ONCE,
+            false => PAGES_AT_ONCE,
+        };
         while start < end {
             let stop = match operation.may_block {
-                true => Gfn::new(start.get().saturating_add(PAGES_AT_ONCE)).min(end),
+                true => Gfn::new(start.get().saturating_add(at_once)).min(end),
                 false => end,
             };
             let writer = self.lock();
@@ -122,12 +128,20 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             None if operation.filter == RangeFilter::Private => return,
             None => RangeFilter::Both,
         };
+        // In a VM with a mirror each half has a root of its own.
+        let mirrors = self.mirror.is_completed();
         for root in writer
             .roots
             .iter()
             .filter(|root| root.role.as_id() == operation.as_id)
         {
-            self.zap_in_root(writer, root, &operation.gfns, filter, debt);
+            match root.role.mirror {
+                true if filter.covers(true) => self.zap_mirror(writer, root, &operation.gfns),
+                false if !mirrors || filter.covers(false) => {
+                    self.zap_in_root(writer, root, &operation.gfns, filter, debt);
+                }
+                _ => {}
+            }
         }
     }
 
@@ -140,7 +154,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         debt: &mut Debt<F>,
     ) {
         let (start, end) = (gfns.start.address(), gfns.end.address());
-        let mut cursor = Cursor::new(self.table_locked(root.table, writer), start..end);
+        let mut cursor = Cursor::new(self.table_locked(root, writer), start..end);
         while let Some(seen) = cursor.next() {
             match seen.entry::<F>() {
                 Entry::Empty => continue,
@@ -187,15 +201,15 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     }
 
     /// Drops every mapping by making every root obsolete: new faults load new roots while the old
-    /// ones are taken apart.
+    /// ones are taken apart. Mirrors are not affected: what is private cannot be mapped again.
     pub(crate) fn zap_all_locked(&self, writer: &mut Writer<F>) {
-        for root in &writer.roots {
+        for root in writer.roots.iter().filter(|root| !root.role.mirror) {
             root.make_obsolete();
         }
         let _readers = self.synchronize(writer);
         let mut debt = Debt::none();
         let all = Gfn::new(0)..Gfn::new(u64::MAX >> 12);
-        for root in &writer.roots {
+        for root in writer.roots.iter().filter(|root| !root.role.mirror) {
             self.zap_in_root(writer, root, &all, RangeFilter::Both, &mut debt);
         }
         self.pay(writer, debt);
@@ -213,7 +227,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         }
         let mut debt = Debt::none();
         for root in &dropped {
-            self.table_locked(root.table, writer).retire_root(&mut debt);
+            self.table_locked(root, writer).retire_root(&mut debt);
         }
         let readers = self.wait_for_readers(writer);
         writer.retired.add(debt.settle(|_| {}), readers, false);

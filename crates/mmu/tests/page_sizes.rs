@@ -266,6 +266,7 @@ fn six_roots_exist_side_by_side_and_go_when_nobody_has_them() {
                     level,
                     smm,
                     guest_mode,
+                    mirror: false,
                 });
             }
         }

@@ -94,10 +94,13 @@ impl<'s, F: Format, S: Storage> Cursor<'s, F, S> {
         }
         let gpa = Gpa::new(self.position);
         let height = usize::from(self.height.get());
-        if self.height == self.table.root().height {
-            self.pages[height] = self.table.root_at(gpa).page();
-        }
-        let place = self.table.place(self.pages[height], self.height, gpa);
+        let place = if self.height == self.table.root().height {
+            let place = self.table.root_place(gpa);
+            self.pages[height] = place.table();
+            place
+        } else {
+            self.table.place(self.pages[height], self.height, gpa)
+        };
         let seen = self.table.look(place);
         self.step = match seen.entry::<F>() {
             Entry::Table(child) if self.height != Height::LEAF => {

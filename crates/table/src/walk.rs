@@ -78,6 +78,8 @@ impl Seen {
 pub struct Table<'s, F, S> {
     pub(crate) storage: &'s S,
     pub(crate) root: RootTable,
+    /// Added to an address to find its root entry.
+    base: u64,
     format: PhantomData<fn() -> F>,
 }
 
@@ -101,8 +103,25 @@ impl<'s, F: Format, S: Storage> Table<'s, F, S> {
         Self {
             storage,
             root,
+            base: 0,
             format: PhantomData,
         }
+    }
+
+    /// The same table seen from `base` on, in bytes: address 0 is where `base` was, and addresses
+    /// below it are out of reach. For a guest whose addresses carry bits that are not part of what
+    /// its memory is called by: the shared bit of a TD.
+    ///
+    /// `base` is a multiple of what an entry of the root covers. Not for [`Exclusive`](crate::Exclusive) use.
+    #[inline(always)]
+    #[must_use]
+    pub fn from(mut self, base: u64) -> Self {
+        debug_assert!(
+            base & (F::bytes(self.root.height) - 1) == 0,
+            "below the root, only addresses decide"
+        );
+        self.base = base;
+        self
     }
 
     /// The root.
@@ -112,13 +131,34 @@ impl<'s, F: Format, S: Storage> Table<'s, F, S> {
 
     /// The first address beyond what the root covers.
     pub fn end(&self) -> u64 {
-        F::bytes(self.root.height.above()).saturating_mul(self.root.pages as u64)
+        let end = F::bytes(self.root.height.above()).saturating_mul(self.root.pages as u64);
+        end.wrapping_sub(self.base)
     }
 
     /// The root entry for `gpa`, which must be below [`end`](Self::end).
     #[inline(always)]
     pub(crate) fn root_at(&self, gpa: Gpa) -> At {
-        At::new(self.root_page(gpa), F::index(gpa, self.root.height))
+        At::new(
+            self.root_page(gpa),
+            F::index(self.based(gpa), self.root.height),
+        )
+    }
+
+    /// The address that finds the entries for `gpa`.
+    #[inline(always)]
+    fn based(&self, gpa: Gpa) -> Gpa {
+        Gpa::new(gpa.get().wrapping_add(self.base))
+    }
+
+    /// The root entry for `gpa`, as a place.
+    #[inline(always)]
+    pub(crate) fn root_place(&self, gpa: Gpa) -> Place {
+        let height = self.root.height;
+        Place {
+            at: self.root_at(gpa),
+            height,
+            gpa: Gpa::new(gpa.get() & !(F::bytes(height) - 1)),
+        }
     }
 
     /// The page of the root that covers `gpa`.
@@ -177,7 +217,7 @@ impl<'s, F: Format, S: Storage> Table<'s, F, S> {
 
     #[inline(always)]
     fn descend(&self, mut height: Height, gpa: Gpa, stop: Height) -> Seen {
-        let mut at = At::new(self.root_page(gpa), F::index(gpa, height));
+        let mut at = At::new(self.root_page(gpa), F::index(self.based(gpa), height));
         // The place is put together once, at the end: on the way down only the entry matters.
         let value = loop {
             let value = self.storage.load(at);
@@ -209,7 +249,8 @@ impl<'s, F: Format, S: Storage> Table<'s, F, S> {
     pub fn find_leaf(&self, gpa: Gpa) -> Option<(u64, Height)> {
         const { assert!(F::MAX_HEIGHT.get() <= 5) };
         let root = self.root.height;
-        let mut page = self.root_at(gpa).page();
+        let gpa = self.based(gpa);
+        let mut page = self.root_page(gpa);
         // Spelled out, so that each step shifts by a constant.
         macro_rules! step {
             ($height:expr) => {

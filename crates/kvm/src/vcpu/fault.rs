@@ -76,6 +76,7 @@ impl Vcpu {
             Err(FaultError::BadHostMemory) => return Err(self.memory_fault(gpa, false)),
             Err(FaultError::WrongKind { private }) => return Err(self.memory_fault(gpa, private)),
             Err(FaultError::BadPrivateMemory) => return Err(self.memory_fault(gpa, true)),
+            Err(FaultError::Bugged) => return Err(Errno::IO),
             Err(error @ (FaultError::Poisoned | FaultError::PoisonedPrivate)) => {
                 self.memory_fault(gpa, error == FaultError::PoisonedPrivate);
                 return Err(Errno::HWPOISON);

@@ -81,5 +81,6 @@ fn errno(error: FaultError) -> Errno {
         FaultError::Poisoned | FaultError::PoisonedPrivate => Errno::HWPOISON,
         FaultError::Interrupted => Errno::INTR,
         FaultError::OutOfMemory => Errno::NOMEM,
+        FaultError::Bugged => Errno::IO,
     }
 }

@@ -36,6 +36,7 @@ const fn role(level: Level, smm: bool, guest_mode: bool) -> RootRole {
         level,
         smm,
         guest_mode,
+        mirror: false,
     }
 }
 
