@@ -6,6 +6,7 @@
 
 use crate::huge_page;
 use crate::table_pool::TablePool;
+use crate::trace;
 use crate::vanishing;
 use crate::{pagemap, presence};
 use rustix::io::Errno;
@@ -14,7 +15,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use twofold_arch::{Hpa, Level, PAGE_SIZE};
 use twofold_cpu::Machine;
-use twofold_mmu::{Host, HostPage, PopulateError};
+use twofold_mmu::{Host, HostPage, PopulateError, Tracer};
 
 /// The process as the MMU of one VM sees it.
 #[derive(Debug)]
@@ -111,6 +112,11 @@ unsafe impl Host for ProcessMemory {
 
     fn wait_hint(&self) {
         rustix::thread::sched_yield();
+    }
+
+    #[inline(always)]
+    fn tracer(&self) -> Option<&dyn Tracer> {
+        trace::changes()
     }
 }
 

@@ -2,6 +2,7 @@
 
 use core::ptr::NonNull;
 use twofold_arch::{Hpa, Level};
+use twofold_table::Tracer;
 
 /// The hypervisor below the MMU: pages for tables, pages for the guest, and other processors.
 ///
@@ -92,6 +93,13 @@ pub unsafe trait Host: Send + Sync {
 
     /// Called while waiting for another thread to leave a short section: yield, or just pause.
     fn wait_hint(&self);
+
+    /// Who is told of every change of an entry, if somebody is. Asked at each change, so it should
+    /// be a comparison at most; where it is not implemented nothing is left of it.
+    #[inline(always)]
+    fn tracer(&self) -> Option<&dyn Tracer> {
+        None
+    }
 }
 
 /// A page of host memory that may be mapped into a guest.

@@ -12,6 +12,7 @@ use core::ptr::NonNull;
 use twofold_arch::{Gfn, Gpa, Hpa};
 use twofold_table::{
     Height, PageAccess, PageSource, Place, RawPages, RootTable, Section, Seen, Table, TablePage,
+    Tracer,
 };
 
 /// The hypervisor, as the table engine sees it.
@@ -23,6 +24,11 @@ unsafe impl<H: Host> PageAccess for Access<H> {
     #[inline(always)]
     fn table_ptr(&self, page: Hpa) -> NonNull<u64> {
         self.0.table_ptr(page)
+    }
+
+    #[inline(always)]
+    fn tracer(&self) -> Option<&dyn Tracer> {
+        self.0.tracer()
     }
 }
 

@@ -17,6 +17,7 @@ use crate::build::{BuildError, PageSource};
 use crate::change::{Debt, Frozen, Raced};
 use crate::format::{Entry, Format, Height};
 use crate::storage::{Storage, TablePage};
+use crate::trace::tell;
 use crate::walk::{Seen, Table};
 use core::marker::PhantomData;
 use core::ops::Range;
@@ -63,6 +64,7 @@ impl<F: BreakRule, S: Storage> Gap<'_, F, S> {
     /// Unlocks the entry with a new value. A table that it pointed to goes to the debt's list.
     pub fn make(self, new: u64, debt: &mut Debt<F>) {
         self.storage.store(self.seen.place.at, new);
+        tell(self.storage, &self.seen.place, self.seen.value, new);
         if let (Entry::Table(child), Some(below)) =
             (self.seen.entry::<F>(), self.seen.place.height.below())
         {
@@ -75,6 +77,7 @@ impl<F: BreakRule, S: Storage> Gap<'_, F, S> {
 impl<F: Format, S: Storage> Drop for Gap<'_, F, S> {
     fn drop(&mut self) {
         self.storage.store(self.seen.place.at, F::EMPTY);
+        tell(self.storage, &self.seen.place, self.seen.value, F::EMPTY);
     }
 }
 

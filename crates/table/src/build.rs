@@ -3,6 +3,7 @@
 use crate::cursor::Cursor;
 use crate::format::{Entry, Format, Height};
 use crate::storage::{At, Storage, TablePage};
+use crate::trace::tell_linked;
 use crate::walk::{Place, Seen, Table};
 use core::ops::Range;
 use twofold_arch::Gpa;
@@ -81,7 +82,10 @@ impl<F: Format, S: Storage> Table<'_, F, S> {
             .storage
             .compare_exchange(seen.place.at, seen.value, value)
         {
-            Ok(()) => Ok(place.unwrap_or(seen.place)),
+            Ok(()) => {
+                tell_linked(self, &seen, value);
+                Ok(place.unwrap_or(seen.place))
+            }
             Err(_) => {
                 self.give_back_path(value, height, target, gpa, pages);
                 Err(BuildError::Raced)
@@ -147,7 +151,9 @@ impl<F: Format, S: Storage> Table<'_, F, S> {
             .map_err(|_| {
                 self.give_back_tree(page, below, pages);
                 BuildError::Raced
-            })
+            })?;
+        tell_linked(self, &seen, value);
+        Ok(())
     }
 
     /// Maps what is not mapped yet in `range`, which is aligned to the pages of `target`, with

@@ -10,6 +10,7 @@ use crate::format::{Entry, Format, Height, Replacement};
 use crate::retire::{Leaves, RetiredList};
 use crate::section::Quiesced;
 use crate::storage::{Storage, TablePage};
+use crate::trace::tell;
 use crate::walk::{Seen, Table};
 use core::ops::Range;
 use twofold_arch::{Gpa, Hpa};
@@ -131,6 +132,7 @@ impl<'s, S: Storage> Frozen<'s, S> {
     /// Unlocks the entry with a new value.
     pub fn publish(self, value: u64) {
         self.storage.store(self.seen.place.at, value);
+        tell(self.storage, &self.seen.place, self.seen.value, value);
         core::mem::forget(self);
     }
 
@@ -280,7 +282,9 @@ impl<'s, F: Format, S: Storage> Table<'s, F, S> {
         if seen.entry::<F>() == Entry::Frozen {
             return Err(Raced(seen.value));
         }
-        self.exchange(seen, F::FROZEN)?;
+        self.storage
+            .compare_exchange(seen.place.at, seen.value, F::FROZEN)
+            .map_err(Raced)?;
         Ok(Frozen {
             storage: self.storage,
             seen,
@@ -296,7 +300,9 @@ impl<'s, F: Format, S: Storage> Table<'s, F, S> {
     pub fn exchange(&self, seen: Seen, new: u64) -> Result<(), Raced> {
         self.storage
             .compare_exchange(seen.place.at, seen.value, new)
-            .map_err(Raced)
+            .map_err(Raced)?;
+        tell(self.storage, &seen.place, seen.value, new);
+        Ok(())
     }
 
     fn same_page(&self, seen: Seen, new: u64) -> bool {

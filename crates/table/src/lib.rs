@@ -21,6 +21,7 @@ pub mod split;
 pub mod stage2;
 pub mod storage;
 pub mod sync;
+pub mod trace;
 pub mod walk;
 pub mod x86;
 
@@ -54,4 +55,5 @@ pub use format::{Entry, Format, Height, Replacement};
 pub use retire::Leaves;
 pub use section::{Quiesced, ReaderWord, Section, wait_for_readers};
 pub use storage::{At, PageAccess, RawPages, Storage, TablePage};
+pub use trace::{Change, Tracer};
 pub use walk::{Place, RootTable, Seen, Table};

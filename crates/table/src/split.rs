@@ -46,10 +46,7 @@ impl<F: Format, S: Storage> Table<'_, F, S> {
         self.debug_assert_children(seen, page);
         let table = F::table_entry(page.hpa()) | mark;
         let result = match F::REPLACEMENT {
-            Replacement::Direct => self
-                .storage
-                .compare_exchange(seen.place.at, seen.value, table)
-                .map_err(Raced),
+            Replacement::Direct => self.exchange(seen, table),
             Replacement::BreakBeforeMake => self.freeze(seen).map(|frozen| {
                 flush(seen.place.gpa..Gpa::new(first.saturating_add(F::bytes(seen.place.height))));
                 frozen.publish(table);

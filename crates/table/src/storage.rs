@@ -6,6 +6,7 @@
 // UNSAFETY: table pages are raw memory that hardware reads; this module is where they are touched.
 #![expect(unsafe_code)]
 
+use crate::trace::Tracer;
 use core::ops::Range;
 use core::ptr::NonNull;
 use twofold_arch::Hpa;
@@ -86,6 +87,13 @@ pub trait Storage {
     /// The value found instead of `old`.
     fn compare_exchange(&self, at: At, old: u64, new: u64) -> Result<(), u64>;
 
+    /// Who is told of changes. Asked at each one: nobody, unless it is implemented, and then
+    /// nothing is left of the question.
+    #[inline(always)]
+    fn tracer(&self) -> Option<&dyn Tracer> {
+        None
+    }
+
     /// Fills the first `entries` entries of a private table.
     fn fill(&self, page: TablePage, entries: usize, value: u64);
 
@@ -106,6 +114,12 @@ pub trait Storage {
 pub unsafe trait PageAccess {
     /// The first entry of the page.
     fn table_ptr(&self, page: Hpa) -> NonNull<u64>;
+
+    /// See [`Storage::tracer`].
+    #[inline(always)]
+    fn tracer(&self) -> Option<&dyn Tracer> {
+        None
+    }
 }
 
 /// Real pages, reached with the processor's atomics.
@@ -169,6 +183,11 @@ impl<P: PageAccess> Storage for RawPages<P> {
         self.entry(at)
             .compare_exchange(old, new, AcqRel, Acquire)
             .map(|_| ())
+    }
+
+    #[inline(always)]
+    fn tracer(&self) -> Option<&dyn Tracer> {
+        self.0.tracer()
     }
 
     #[inline]

@@ -3,14 +3,17 @@
 
 // UNSAFETY: the tests promise that arena pages are allocated.
 #![expect(unsafe_code)]
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
 
 use crate::build::PageSource;
 use crate::format::Format;
 use crate::storage::{At, Storage, TablePage};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::toy::SHIFT;
+use crate::trace::{Change, Tracer};
 use crate::walk::{RootTable, Table};
 use std::ops::Range;
+use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;
 use std::vec::Vec;
 use twofold_arch::Hpa;
@@ -19,6 +22,8 @@ use twofold_arch::Hpa;
 /// allocated answers every access with a panic, so that a use after free is a failed test.
 pub(crate) struct Arena {
     pages: Vec<Page>,
+    /// Changes, if they are wanted.
+    changes: Option<Mutex<Vec<Change>>>,
 }
 
 struct Page {
@@ -35,7 +40,28 @@ impl Arena {
         };
         Self {
             pages: (0..pages).map(page).collect(),
+            changes: None,
         }
+    }
+
+    /// An arena that writes down what changes.
+    #[cfg(not(loom))]
+    pub(crate) fn traced(pages: usize) -> Self {
+        Self {
+            changes: Some(Mutex::default()),
+            ..Self::new(pages)
+        }
+    }
+
+    /// What has changed since the last call: page number, height, old and new value.
+    #[cfg(not(loom))]
+    pub(crate) fn changes(&self) -> Vec<(u64, u8, u64, u64)> {
+        let changes = core::mem::take(&mut *self.changes.as_ref().unwrap().lock().unwrap());
+        let numbers = |change: Change| {
+            let page = change.gpa.get() >> SHIFT;
+            (page, change.height.get(), change.old, change.new)
+        };
+        changes.into_iter().map(numbers).collect()
     }
 
     fn page(&self, page: TablePage) -> &Page {
@@ -114,6 +140,10 @@ impl Storage for Arena {
             .map(|_| ())
     }
 
+    fn tracer(&self) -> Option<&dyn Tracer> {
+        self.changes.is_some().then_some(self)
+    }
+
     fn fill(&self, page: TablePage, entries: usize, value: u64) {
         for index in 0..entries {
             self.store(At::new(page, index), value);
@@ -129,6 +159,14 @@ impl Storage for Arena {
     fn update(&self, page: TablePage, range: Range<usize>, mut change: impl FnMut(u64) -> u64) {
         for at in range.map(|index| At::new(page, index)) {
             self.store(at, change(self.load(at)));
+        }
+    }
+}
+
+impl Tracer for Arena {
+    fn changed(&self, change: Change) {
+        if let Some(changes) = &self.changes {
+            changes.lock().unwrap().push(change);
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use super::run::Next;
 use super::{Vcpu, VcpuState};
+use crate::trace;
 use kvm_bindings::KVM_MEMORY_EXIT_FLAG_PRIVATE;
 use rustix::io::Errno;
 use twofold_arch::qualification::Qualification;
@@ -49,7 +50,9 @@ impl Vcpu {
         else {
             return Ok(Next::Enter);
         };
+        tracing::trace!(target: trace::TARGET, vcpu = self.core.id, %gpa, ?error, "fault");
         let outcome = self.vm.tables().fault(reader, root, Fault { gpa, error });
+        tracing::trace!(target: trace::TARGET, vcpu = self.core.id, ?outcome, "fault ended");
         let resolved = reader.stats();
         counters.pf_fast.set(resolved.pf_fast);
         counters
