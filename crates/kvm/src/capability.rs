@@ -3,6 +3,7 @@
 //! A capability is listed when everything that it stands for is there. What is not listed
 //! answers 0, as KVM does for numbers it does not know.
 
+use crate::second_stage::Kind;
 use crate::vm::HypercallExits;
 use crate::vm_type::VmType;
 use kvm_bindings as kvm;
@@ -35,6 +36,9 @@ pub const GUEST_DEBUG_BITS: u32 = kvm::KVM_GUESTDBG_ENABLE
     | kvm::KVM_GUESTDBG_INJECT_DB
     | kvm::KVM_GUESTDBG_INJECT_BP
     | kvm::KVM_GUESTDBG_BLOCKIRQ;
+
+/// Bytes that `KVM_GET_XSAVE2` writes.
+const XSAVE_BYTES: u32 = size_of::<kvm::kvm_xsave>() as u32;
 
 /// A capability, with what it answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +85,8 @@ static CAPABILITIES: &[Capability] = capabilities! {
     ENABLE_CAP: KVM_CAP_ENABLE_CAP = 1,
     XSAVE: KVM_CAP_XSAVE = 1,
     XCRS: KVM_CAP_XCRS = 1,
+    XSAVE2: KVM_CAP_XSAVE2 = XSAVE_BYTES,
+    SYS_ATTRIBUTES: KVM_CAP_SYS_ATTRIBUTES = 1,
     TSC_CONTROL: KVM_CAP_TSC_CONTROL = 1,
     GET_TSC_KHZ: KVM_CAP_GET_TSC_KHZ = 1,
     MAX_VCPUS: KVM_CAP_MAX_VCPUS = MAX_VCPUS,
@@ -118,19 +124,22 @@ static CAPABILITIES: &[Capability] = capabilities! {
     MEMORY_FAULT_INFO: KVM_CAP_MEMORY_FAULT_INFO = 1,
     MEMORY_ATTRIBUTES: KVM_CAP_MEMORY_ATTRIBUTES = kvm::KVM_MEMORY_ATTRIBUTE_PRIVATE,
     GUEST_MEMFD: KVM_CAP_GUEST_MEMFD = 1,
-    VM_TYPES: KVM_CAP_VM_TYPES = 1 << kvm::KVM_X86_DEFAULT_VM | 1 << kvm::KVM_X86_SW_PROTECTED_VM,
     PRE_FAULT_MEMORY: KVM_CAP_PRE_FAULT_MEMORY = 1,
 };
 
 /// Every capability that answers something other than 0, in ascending order of numbers.
 pub fn all() -> impl Iterator<Item = Capability> {
-    let recommended = Capability {
+    let mut all = CAPABILITIES.to_vec();
+    all.push(Capability {
         number: kvm::KVM_CAP_NR_VCPUS,
         name: "NR_VCPUS",
         value: recommended_vcpus(),
-    };
-    let mut all = CAPABILITIES.to_vec();
-    all.push(recommended);
+    });
+    all.push(Capability {
+        number: kvm::KVM_CAP_VM_TYPES,
+        name: "VM_TYPES",
+        value: vm_types(),
+    });
     all.sort_by_key(|capability| capability.number);
     all.into_iter()
 }
@@ -142,13 +151,39 @@ pub(crate) fn check_vm(kind: VmType, number: u64) -> u32 {
     if private.iter().any(|known| u64::from(*known) == number) && !kind.has_private_memory() {
         return 0;
     }
+    if kind == VmType::TrustDomain {
+        // Nobody outside sees or sets the guest's registers, and there is no emulator that would
+        // carry out a write to read-only memory.
+        let hidden = [kvm::KVM_CAP_SYNC_REGS, kvm::KVM_CAP_READONLY_MEM];
+        if hidden.iter().any(|known| u64::from(*known) == number) {
+            return 0;
+        }
+        if number == u64::from(kvm::KVM_CAP_MAX_VCPUS) {
+            return max_vcpus(kind);
+        }
+    }
     check(number)
+}
+
+/// How many vCPUs a VM may have. The TDX module allows as many as there are processors.
+pub(crate) fn max_vcpus(kind: VmType) -> u32 {
+    match kind {
+        VmType::TrustDomain => recommended_vcpus(),
+        VmType::Default | VmType::SoftwareProtected => MAX_VCPUS,
+    }
+}
+
+fn vm_types() -> u32 {
+    VmType::supported(Kind::from_environment())
 }
 
 /// What `KVM_CHECK_EXTENSION` answers for a number on the system.
 pub fn check(number: u64) -> u32 {
     if number == u64::from(kvm::KVM_CAP_NR_VCPUS) {
         return recommended_vcpus();
+    }
+    if number == u64::from(kvm::KVM_CAP_VM_TYPES) {
+        return vm_types();
     }
     CAPABILITIES
         .iter()
@@ -193,7 +228,8 @@ mod tests {
             assert_ne!(check(number.into()), 0);
         }
         let types = check_vm(VmType::Default, kvm::KVM_CAP_VM_TYPES.into());
-        assert_eq!(types, 0b11);
+        assert_eq!(types, VmType::supported(Kind::from_environment()));
+        assert_eq!(types & 0b11, 0b11);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! A VM belongs to the address space that created it: in a forked child its ioctls answer `EIO`,
 //! as KVM's do. The child may open `/dev/kvm` and create VMs of its own.
 
-use crate::{fd_table, pagemap, summary, vm};
+use crate::{fd_table, pagemap, summary, td, vm};
 use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -47,6 +47,7 @@ pub(crate) fn adopt_child() {
 
 extern "C" fn before() {
     vm::lock_registry_for_fork();
+    td::lock_for_fork();
     summary::lock_for_fork();
     fd_table::lock_for_fork();
 }
@@ -54,6 +55,7 @@ extern "C" fn before() {
 extern "C" fn in_parent() {
     fd_table::unlock_after_fork();
     summary::unlock_after_fork();
+    td::unlock_after_fork();
     vm::unlock_registry_after_fork();
 }
 

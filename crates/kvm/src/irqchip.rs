@@ -126,8 +126,12 @@ impl Vm {
     /// `KVM_CREATE_IRQCHIP`
     ///
     /// # Errors
-    /// `EEXIST` if there is one, `EINVAL` once there are vCPUs.
+    /// `EEXIST` if there is one, `EINVAL` once there are vCPUs, and for a trust domain: an I/O APIC
+    /// would have to see the end of interrupts.
     pub fn create_irqchip(&self) -> Result<(), Errno> {
+        if self.td().is_some() {
+            return Err(Errno::INVAL);
+        }
         self.create_irqchip_model(Model::Kernel)
     }
 

@@ -41,6 +41,7 @@ mod stats_file;
 mod summary;
 mod sync;
 mod table_pool;
+mod td;
 mod trace;
 mod tsc;
 mod usercopy;

@@ -8,6 +8,7 @@
 // UNSAFETY: vouches for which types are plain bytes, and calls process_vm_readv and _writev.
 #![expect(unsafe_code)]
 
+use crate::td::abi as td;
 use crate::vanishing;
 use kvm_bindings as kvm;
 use rustix::io::Errno;
@@ -74,6 +75,9 @@ plain!(
     kvm::kvm_userspace_memory_region2,
     kvm::kvm_vcpu_events,
     kvm::kvm_xcrs,
+    td::InitVm,
+    td::MemoryRegion,
+    td::TdxCommand,
     [u32; 1024],
     [u32; 2],
 );
@@ -81,7 +85,8 @@ plain!(
 /// Copies a value in from the program's memory.
 pub(crate) fn read<T: Plain>(address: usize) -> Result<T, Errno> {
     let mut value = MaybeUninit::<T>::uninit();
-    read_bytes(address, value.as_mut_ptr().cast(), size_of::<T>())?;
+    // SAFETY: a value has room for its own bytes.
+    unsafe { copy_in(address, value.as_mut_ptr().cast(), size_of::<T>()) }?;
     // SAFETY: all bytes were written, and any bytes are a value.
     Ok(unsafe { value.assume_init() })
 }
@@ -91,7 +96,8 @@ pub(crate) fn read<T: Plain>(address: usize) -> Result<T, Errno> {
 /// The caller has bounded `count`.
 pub(crate) fn read_slice<T: Plain>(address: usize, count: usize) -> Result<Vec<T>, Errno> {
     let mut values = vec![T::zeroed(); count];
-    read_bytes(address, values.as_mut_ptr().cast(), count * size_of::<T>())?;
+    // SAFETY: the vector has room for `count` values.
+    unsafe { copy_in(address, values.as_mut_ptr().cast(), count * size_of::<T>()) }?;
     Ok(values)
 }
 
@@ -125,13 +131,19 @@ pub(crate) fn write_slice<T: Plain>(address: usize, values: &[T]) -> Result<(), 
     complete(copied, length)
 }
 
-fn read_bytes(address: usize, to: *mut u8, length: usize) -> Result<(), Errno> {
+/// Copies bytes in from the program's memory.
+///
+/// # Errors
+/// `EFAULT` where they are not there; some may have been copied.
+///
+/// # Safety
+/// `to` has room for `length` bytes, which nobody refers to.
+pub(crate) unsafe fn copy_in(address: usize, to: *mut u8, length: usize) -> Result<(), Errno> {
     if length == 0 {
         return Ok(());
     }
     if vanishing::is_survived() {
-        // SAFETY: the handler is installed; `to` has room for `length` bytes, by this function's
-        // two callers.
+        // SAFETY: the handler is installed; `to` has room for `length` bytes, as promised.
         let copied = unsafe { twofold_cpu::process::copy_in(to, address, length) };
         return copied.map_err(|_| Errno::FAULT);
     }
@@ -143,7 +155,7 @@ fn read_bytes(address: usize, to: *mut u8, length: usize) -> Result<(), Errno> {
         iov_base: std::ptr::without_provenance_mut(address),
         iov_len: length,
     };
-    // SAFETY: `to` has room for `length` bytes, by this function's two callers.
+    // SAFETY: `to` has room for `length` bytes, as promised.
     let copied = unsafe { libc::process_vm_readv(own_process(), &local, 1, &remote, 1, 0) };
     complete(copied, length)
 }

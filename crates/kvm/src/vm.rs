@@ -10,6 +10,7 @@ use crate::nx_recovery::Worker;
 use crate::second_stage::{Kind, Tables};
 use crate::summary;
 use crate::sync::{Mutex, ProcessMutex, RwLock};
+use crate::td::{Stage, Td};
 use crate::vcpu::{Vcpu, VcpuCore};
 use crate::vm_type::VmType;
 use crate::{cpuid, tsc};
@@ -43,6 +44,8 @@ pub struct Vm {
     /// Before `tables`, so that the vCPUs' readers and roots go before the MMU.
     pub(crate) config: Mutex<Config>,
     tables: Tables,
+    /// After `tables`, whose private pages are the module's: what a trust domain is besides.
+    td: Option<Arc<Td>>,
     /// After `tables`: addresses that slots may refer to.
     reservations: Mutex<Vec<Arc<Reservation>>>,
     vm_type: VmType,
@@ -90,12 +93,15 @@ impl Vm {
     /// # Errors
     /// `EINVAL` for a type that there is not; `ENOMEM`.
     pub(crate) fn new(kind: u64) -> Result<Arc<Self>, Errno> {
-        let vm_type = VmType::new(kind)?;
-        let kind = Kind::from_environment();
+        let second_stage = Kind::from_environment();
+        let vm_type = VmType::new(kind, second_stage)?;
+        let kind = second_stage;
         let machine = Machine::new(kind.machine_config());
+        let td = (vm_type == VmType::TrustDomain).then(|| Arc::new(Td::new(Arc::clone(&machine))));
         let vm = Arc::new(Self {
             config: Mutex::new(Config::default()),
             tables: Tables::new(kind, vm_type, Arc::clone(&machine)),
+            td,
             reservations: Mutex::default(),
             vm_type,
             machine,
@@ -132,6 +138,23 @@ impl Vm {
 
     pub(crate) fn vm_type(&self) -> VmType {
         self.vm_type
+    }
+
+    /// What the VM is as a trust domain, if it is one.
+    #[inline]
+    pub(crate) fn td(&self) -> Option<&Td> {
+        self.td.as_deref()
+    }
+
+    /// Whether something went wrong in the VM that should be impossible: nothing works any more.
+    #[inline]
+    pub(crate) fn is_bugged(&self) -> bool {
+        self.td().is_some_and(Td::is_bugged)
+    }
+
+    /// How many vCPUs the VM may have.
+    pub(crate) fn max_vcpus(&self) -> u32 {
+        capability::max_vcpus(self.vm_type)
     }
 
     pub(crate) fn reservations(&self) -> &Mutex<Vec<Arc<Reservation>>> {
@@ -242,8 +265,9 @@ impl Vm {
     ///
     /// # Errors
     /// `EINVAL` for an id of 4096 and above (or of the lower limit that the program set), and for
-    /// more than 1024 vCPUs; `EEXIST` for an id that
-    /// has been given away, even if its descriptor is closed; whatever making the file gives.
+    /// more vCPUs than the VM may have; `EEXIST` for an id that has been given away, even if its
+    /// descriptor is closed; for a trust domain, `EIO` before `INIT_VM` and after `FINALIZE_VM`, and
+    /// `EINVAL` without a local APIC; whatever making the file gives.
     pub fn create_vcpu(self: &Arc<Self>, id: u64) -> Result<(Vcpu, OwnedFd), Errno> {
         let id = u32::try_from(id).map_err(|_| Errno::INVAL)?;
         if id >= capability::MAX_VCPU_ID {
@@ -251,16 +275,25 @@ impl Vm {
         }
         let index = {
             let config = self.config.lock();
-            if config.vcpus.len() >= capability::MAX_VCPUS as usize
+            if config.vcpus.len() >= self.max_vcpus() as usize
                 || config.max_vcpu_ids.is_some_and(|limit| id >= limit)
             {
                 return Err(Errno::INVAL);
             }
             config.vcpus.len()
         };
+        if let Some(td) = self.td() {
+            if td.stage() != Stage::Initialized {
+                return Err(Errno::IO);
+            }
+            // The module needs a local APIC to deliver interrupts.
+            if self.irqchip_model() == Model::None {
+                return Err(Errno::INVAL);
+            }
+        }
         let (core, file) = VcpuCore::new(self, id, index as u32)?;
         let mut config = self.config.lock();
-        if config.vcpus.len() >= capability::MAX_VCPUS as usize {
+        if config.vcpus.len() >= self.max_vcpus() as usize {
             return Err(Errno::INVAL);
         }
         if config.vcpus.iter().any(|other| other.id == id) {
@@ -532,6 +565,10 @@ impl Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
+        if let Some(td) = self.td() {
+            // Private pages are reclaimed then, rather than removed one by one.
+            td.release_key();
+        }
         VM_COUNT.fetch_sub(1, Ordering::Relaxed);
         summary::remember(self);
     }

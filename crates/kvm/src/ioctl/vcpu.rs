@@ -5,6 +5,7 @@ use super::{Reply, tables, unknown};
 use crate::descriptor;
 use crate::object::Object;
 use crate::stats_file::StatsFile;
+use crate::td;
 use crate::usercopy::{Plain, read, read_slice, write};
 use crate::vcpu::{Vcpu, XSAVE_WORDS};
 use kvm_bindings::{
@@ -19,7 +20,7 @@ const SIGSET_BYTES: u32 = 8;
 
 #[inline]
 pub(super) fn ioctl(vcpu: &Vcpu, request: u64, argument: usize) -> Reply {
-    if !vcpu.vm().is_ours() {
+    if !vcpu.vm().is_ours() || vcpu.vm().is_bugged() {
         return Err(Errno::IO);
     }
     if request == KVM_RUN {
@@ -32,6 +33,9 @@ pub(super) fn ioctl(vcpu: &Vcpu, request: u64, argument: usize) -> Reply {
 }
 
 fn other(vcpu: &Vcpu, request: u64, argument: usize) -> Reply {
+    if vcpu.vm().td().is_some() && td::refuses(request) {
+        return Err(Errno::INVAL);
+    }
     match request {
         KVM_GET_REGS => reply(argument, Ok(vcpu.get_regs())),
         KVM_SET_REGS => {
@@ -83,6 +87,7 @@ fn other(vcpu: &Vcpu, request: u64, argument: usize) -> Reply {
             write(argument, &request)?;
             done(result)
         }
+        KVM_MEMORY_ENCRYPT_OP => done(vcpu.memory_encrypt_op(argument)),
         KVM_SET_SIGNAL_MASK => set_signal_mask(vcpu, argument),
         // No vCPU capability can be enabled, and no guest can have enabled kvmclock.
         KVM_ENABLE_CAP => {

@@ -21,7 +21,7 @@ use std::sync::Arc;
 const REGION_V1_FLAGS: u32 = KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY;
 
 pub(super) fn ioctl(vm: &Arc<Vm>, request: u64, argument: usize) -> Reply {
-    if !vm.is_ours() {
+    if !vm.is_ours() || vm.is_bugged() {
         return Err(Errno::IO);
     }
     match request {
@@ -30,6 +30,7 @@ pub(super) fn ioctl(vm: &Arc<Vm>, request: u64, argument: usize) -> Reply {
         KVM_SET_USER_MEMORY_REGION2 => done(vm.set_user_memory_region(&read(argument)?)),
         KVM_SET_MEMORY_ATTRIBUTES => done(vm.set_memory_attributes(&read(argument)?)),
         KVM_CREATE_GUEST_MEMFD => create_guest_memfd(vm, argument),
+        KVM_MEMORY_ENCRYPT_OP => done(vm.memory_encrypt_op(argument)),
         KVM_GET_DIRTY_LOG => get_dirty_log(vm, argument),
         KVM_CLEAR_DIRTY_LOG => clear_dirty_log(vm, argument),
         KVM_RESET_DIRTY_RINGS => Ok(vm.reset_dirty_rings()? as i32),

@@ -14,6 +14,8 @@ mod registers;
 mod run;
 mod run_page;
 mod signal;
+mod tdcall;
+mod trust_domain;
 mod write_log;
 
 pub use run_page::VCPU_MMAP_SIZE;
@@ -26,6 +28,7 @@ pub(crate) use signal::interrupt_current_run;
 
 use crate::irqchip::Model;
 use crate::sync::Mutex;
+use crate::td::TdVcpu;
 use crate::vm::Vm;
 use crate::{cpuid, tsc, usercopy};
 use exit::Answer;
@@ -69,6 +72,8 @@ pub(crate) struct VcpuState {
     write_log: Option<WriteLog>,
     reader: Reader,
     root: Option<Root>,
+    /// What the vCPU is to the TDX module, once `INIT_VCPU` has made it known there.
+    td: Option<TdVcpu>,
     /// What the program has to supply before the guest goes on.
     answer: Answer,
     cpuid: Vec<kvm_cpuid_entry2>,
@@ -126,6 +131,7 @@ impl VcpuCore {
             signal_mask: None,
             tsc_khz,
             last_host_fault: None,
+            td: None,
             cpu,
         };
         let core = Arc::new(Self {
@@ -182,7 +188,8 @@ impl Vcpu {
         mapping_check(entries, offset, length, shared, executable)
     }
 
-    fn state(&self) -> MutexGuard<'_, VcpuState> {
+    /// Takes the vCPU for one ioctl.
+    pub(crate) fn state(&self) -> MutexGuard<'_, VcpuState> {
         self.core.state.lock()
     }
 

@@ -6,10 +6,11 @@
 use super::exit::Answer;
 use super::run_page::PIO_DATA_SIZE;
 use super::signal::Running;
-use super::{Vcpu, VcpuState};
+use super::{Vcpu, VcpuState, tdcall};
 use crate::bus::Space;
 use crate::cpuid;
 use crate::irqchip::{self, Model};
+use crate::td::{Stage, Td};
 use kvm_bindings::{
     KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_HLT, KVM_EXIT_INTR, KVM_EXIT_IRQ_WINDOW_OPEN,
     KVM_EXIT_SHUTDOWN, KVM_EXIT_UNKNOWN, KVM_INTERNAL_ERROR_EMULATION, KVM_MP_STATE_HALTED,
@@ -42,10 +43,16 @@ impl Vcpu {
     /// # Errors
     /// `EINTR` after a signal or with `immediate_exit` set; `EFAULT` when the guest needs host
     /// memory that is not there; `EINVAL` for registers in `struct kvm_run` that no processor can
-    /// hold, or fields that are not known; `ENOMEM` when there is no page for a table.
+    /// hold, or fields that are not known, and for a trust domain before `INIT_VCPU` and
+    /// `FINALIZE_VM`; `ENOMEM` when there is no page for a table.
     pub fn run(&self) -> Result<(), Errno> {
         let mut state = self.core.state.lock();
         let state = &mut *state;
+        if let Some(td) = self.vm.td()
+            && (state.td.is_none() || td.stage() != Stage::Runnable)
+        {
+            return Err(Errno::INVAL);
+        }
         let running = Running::start(&self.core, state.signal_mask);
         let result = self.run_locked(state);
         drop(running);
@@ -87,7 +94,8 @@ impl Vcpu {
             self.wait_until_runnable(state)?;
         }
         let (valid, dirty) = (page.valid_regs(), page.dirty_regs());
-        if (valid | dirty) & !SYNC_FIELDS != 0 {
+        let known = if self.vm.td().is_some() { 0 } else { SYNC_FIELDS };
+        if (valid | dirty) & !known != 0 {
             return Err(Errno::INVAL);
         }
         if dirty != 0 {
@@ -163,7 +171,10 @@ impl Vcpu {
             if state.lapic.is_some() {
                 state.deliver_from_lapic(page.request_interrupt_window());
             }
-            let exit = self.run_processor(state);
+            let exit = match self.vm.td() {
+                None => self.run_processor(state),
+                Some(td) => self.run_td(td, state)?,
+            };
             self.core.counters.exits.increment();
             let next = match exit {
                 // The log has been emptied.
@@ -252,6 +263,26 @@ impl Vcpu {
         exit
     }
 
+    /// Runs the guest of a trust domain until it leaves for KVM. What the TDX module does by itself
+    /// is done inside; whatever KVM does comes after the virtual processor has left, since it may
+    /// have to wait until all of them have.
+    fn run_td(&self, td: &Td, state: &mut VcpuState) -> Result<Exit, Errno> {
+        let vcpu = state.td.ok_or(Errno::INVAL)?;
+        let wanted = || self.core.signalled.load(Ordering::Relaxed);
+        let Some(inside) = td.enter(vcpu, wanted)? else {
+            return Ok(Exit::Kicked);
+        };
+        if inside.must_flush() {
+            self.set_second_stage(state);
+        }
+        loop {
+            let exit = state.cpu.run();
+            if let Some(exit) = tdcall::inside(self, state, &inside, exit) {
+                return Ok(exit);
+            }
+        }
+    }
+
     /// Another thread or a signal handler wanted the vCPU outside the guest.
     fn kicked(&self) -> Result<Next, Errno> {
         // In this order, so that a signal that comes in between kicks again.
@@ -279,10 +310,17 @@ impl Vcpu {
                 let bits = cpuid::guest_address_bits(&state.cpuid);
                 let tables = self.vm.tables();
                 let root = tables.load_root(bits).map_err(|_| Errno::NOMEM)?;
-                state.cpu.set_second_stage(self.vm.tables().pointer(&root));
                 state.root = Some(root);
+                self.set_second_stage(state);
                 Ok(())
             }
+        }
+    }
+
+    /// Has the processor walk the tables that are loaded, and forget every translation.
+    fn set_second_stage(&self, state: &mut VcpuState) {
+        if let Some(root) = &state.root {
+            state.cpu.set_second_stage(self.vm.tables().pointer(root));
         }
     }
 
