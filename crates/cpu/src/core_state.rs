@@ -84,6 +84,8 @@ pub(crate) enum Pending {
     Wrmsr { index: u32, answer: Option<bool> },
     /// VMCALL, and what goes to RAX once that is known.
     Hypercall { answer: Option<u64> },
+    /// TDCALL, whose results are in the registers.
+    Tdcall,
 }
 
 /// Everything that an instruction can touch.
@@ -168,6 +170,10 @@ pub(crate) struct Core {
     pub(crate) msrs: Msrs,
     /// RDMSR and WRMSR of the registers in `msrs` are the hypervisor's too.
     pub(crate) msrs_leave: bool,
+    /// The processor runs a TD.
+    pub(crate) td: bool,
+    /// An event is being delivered.
+    pub(crate) delivering: bool,
     /// Events that wait.
     pub(crate) events: Events,
     /// The hypervisor wants to know when an interrupt can be delivered.

@@ -6,7 +6,9 @@ use crate::core_state::{Core, Pending, Vectors, Window, X87, slot};
 use crate::flags::Flags;
 use crate::line::Line;
 use crate::machine::Machine;
-use crate::memory::{InvalidSppt, Memory, Pml, SecondStage, Translation};
+use crate::memory::{
+    InvalidSppt, Memory, Pml, SecondStage, Translation, VeBusy, VeControl, VeInfo,
+};
 use crate::mode::Mode;
 use crate::state::{
     Counters, CpuidEntry, DebugControl, DebugRegisters, Events, FpuState, Msrs, Registers, Segment,
@@ -14,7 +16,7 @@ use crate::state::{
 };
 use crate::trap::{Exception, Exit};
 use std::sync::Arc;
-use twofold_arch::{Gpa, Hpa};
+use twofold_arch::{Gpa, Hpa, Level};
 
 /// One virtual processor.
 ///
@@ -98,6 +100,8 @@ impl Cpu {
             debug: DebugRegisters::default(),
             msrs: Msrs::default(),
             msrs_leave: false,
+            td: false,
+            delivering: false,
             events: Events::default(),
             window_requested: false,
             breakpoints: Breakpoints::default(),
@@ -187,6 +191,59 @@ impl Cpu {
     /// [`Pml::FIRST`] if there is no room.
     pub fn pml_index(&self) -> Option<u16> {
         self.core.mem.pml.map(|pml| pml.index)
+    }
+
+    /// Chooses whether some EPT violations become virtualization exceptions in the guest, and where
+    /// they are described (SDM Vol. 3, "Virtualization Exceptions").
+    ///
+    /// The page has to stay what it is as long as it is chosen.
+    pub fn set_ve(&mut self, control: Option<VeControl>) {
+        self.core.mem.ve = control;
+    }
+
+    /// Delivers #VE before the next instruction, and fills the information page, as the TDX module
+    /// does for instructions that a TD does not execute.
+    ///
+    /// # Errors
+    /// [`VeBusy`] if the page still describes another, or [none was chosen](Self::set_ve). Nothing
+    /// has changed then.
+    pub fn inject_ve(&mut self, info: &VeInfo) -> Result<(), VeBusy> {
+        self.core.inject_ve(info)
+    }
+
+    /// Takes what the information page describes, and makes the page free for the next. `None` if it
+    /// describes nothing.
+    pub fn take_ve(&mut self) -> Option<VeInfo> {
+        self.core.take_ve()
+    }
+
+    /// Chooses whether the processor runs a TD: there is TDCALL, which leaves with
+    /// [`Exit::Tdcall`], and instructions that a TD does not execute by itself leave with
+    /// [`Exit::Intercepted`].
+    ///
+    /// These are HLT, port I/O, VMCALL, MONITOR, MWAIT, INVD, WBINVD, RDMSR and WRMSR of registers
+    /// that the processor does not hold and of the time stamp counter (reading it is allowed), and
+    /// CPUID of leaves that [the table](Self::set_cpuid) does not have. VMMCALL is #UD. Addresses in
+    /// the guest's tables may have 52 bits.
+    pub fn set_td(&mut self, on: bool) {
+        self.core.td = on;
+        self.core.update_features();
+    }
+
+    /// Answers [`Exit::Tdcall`]: the general registers become `gpr` at once, and the next run goes on
+    /// after the instruction. Without an answer the instruction is executed again, after events that
+    /// wait.
+    pub fn complete_tdcall(&mut self, gpr: &[u64; 16]) {
+        self.core.regs[..16].copy_from_slice(gpr);
+        self.core.pending = Pending::Tdcall;
+        self.core.pending_rip = self.core.rip;
+    }
+
+    /// The entries of the second-stage tables on the way to `gpa`, from the root down to the entry
+    /// that maps it or is not present, as a look at memory finds them now: for a report of what is
+    /// wrong with them.
+    pub fn second_stage_walk(&self, gpa: Gpa) -> Vec<(Level, u64)> {
+        self.core.mem.trace_second_stage(&self.core.machine, gpa)
     }
 
     /// Executes until something needs the hypervisor.

@@ -235,7 +235,12 @@ impl Core {
         let absent = |&(word, bit, _): &(u32, u32, u64)| word & bit == 0;
         let forbidden = gates.iter().filter(|gate| absent(gate));
         self.cr4_allowed = CR4_BITS & !forbidden.fold(0, |bits, gate| bits | gate.2);
-        let widest = self.machine.config().maxphyaddr;
+        // A TD's shared bit may be the highest that an address can have, whatever the host's
+        // addresses have.
+        let widest = match self.td {
+            true => 52,
+            false => self.machine.config().maxphyaddr,
+        };
         let bits = match find(0x8000_0008).eax as u8 {
             // Nothing is said.
             0 => widest,
@@ -246,7 +251,7 @@ impl Core {
     }
 
     /// EAX, EBX, ECX and EDX for a leaf and subleaf.
-    pub(crate) fn cpuid_answer(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
+    pub(crate) fn cpuid_answer(&self, leaf: u32, subleaf: u32) -> Option<[u32; 4]> {
         let find = |leaf: u32, subleaf: u32| {
             self.cpuid.iter().find(|entry| {
                 entry.leaf == leaf && (!entry.has_subleaf || entry.subleaf == subleaf)
@@ -261,7 +266,7 @@ impl Core {
                 .then(|| find(zero.eax, subleaf))
                 .flatten()
         });
-        let Some(entry) = found else { return [0; 4] };
+        let entry = found?;
         let [eax, ebx, mut ecx, edx] = [entry.eax, entry.ebx, entry.ecx, entry.edx];
         if entry.leaf == 1 {
             ecx &= !leaf1_ecx::OSXSAVE;
@@ -274,7 +279,7 @@ impl Core {
                 ecx |= leaf7_ecx::OSPKE;
             }
         }
-        [eax, ebx, ecx, edx]
+        Some([eax, ebx, ecx, edx])
     }
 }
 

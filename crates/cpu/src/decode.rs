@@ -9,7 +9,7 @@ use crate::op::{Handler, Op};
 use crate::trap::{Exit, Trap, UnknownInstruction};
 use crate::{
     bits, control, control_registers, events, far, integer, io, msr, muldiv, protection_keys,
-    random, segments, shifts, sse, stack, strings, syscall, system, system_flags, tables,
+    random, segments, shifts, sse, stack, strings, syscall, system, system_flags, tables, td,
 };
 use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic};
 
@@ -42,6 +42,7 @@ fn select(form: &Form) -> Option<Handler> {
         .or_else(|| syscall::select(form))
         .or_else(|| system_flags::select(form))
         .or_else(|| system::select(form))
+        .or_else(|| td::select(form))
         .or_else(|| protection_keys::select(form))
         .or_else(|| random::select(form))
         .or_else(|| sse::select(form))

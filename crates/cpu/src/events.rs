@@ -225,6 +225,7 @@ impl Core {
     /// changed.
     fn deliver(&mut self, vector: u8, error_code: Option<u32>, source: Source) -> Result<(), Trap> {
         let pending = self.breakpoints.pending;
+        self.delivering = true;
         let result = if self.real_mode() {
             self.deliver_real(vector)
         } else if self.long_mode() {
@@ -232,6 +233,7 @@ impl Core {
         } else {
             self.deliver_protected(vector, error_code, source)
         };
+        self.delivering = false;
         // Writing the frame matches no breakpoint; the event takes the place of a single step.
         self.breakpoints.pending = pending;
         if result.is_ok() {

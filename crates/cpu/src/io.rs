@@ -10,6 +10,7 @@ use crate::form::{Form, Kind};
 use crate::int::Int;
 use crate::op::{Handler, Op};
 use crate::state::{gpr, rflags};
+use crate::td::PortAccess;
 use crate::trap::{Exit, Trap};
 use iced_x86::Mnemonic as M;
 
@@ -155,9 +156,32 @@ impl Core {
     }
 }
 
+/// What IN or OUT does.
+fn single_access(op: &Op, port: u16, size: u64, input: bool) -> PortAccess {
+    PortAccess {
+        port,
+        size,
+        input,
+        string: false,
+        immediate: op.aux == PORT_IS_IMMEDIATE,
+    }
+}
+
+/// What INS or OUTS does.
+fn string_access(port: u16, size: u64, input: bool) -> PortAccess {
+    PortAccess {
+        port,
+        size,
+        input,
+        string: true,
+        immediate: false,
+    }
+}
+
 fn input<T: Int>(core: &mut Core, op: &Op) -> Result<(), Trap> {
     let port = port(core, op);
     core.check_io(port, T::BYTES)?;
+    core.td_intercepts_io(op, &single_access(op, port, T::BYTES, true))?;
     core.io_string = false;
     core.io_buffer.clear();
     Err(core.leave_for_io(op, T::BYTES, false, 1, port))
@@ -166,6 +190,7 @@ fn input<T: Int>(core: &mut Core, op: &Op) -> Result<(), Trap> {
 fn output<T: Int>(core: &mut Core, op: &Op) -> Result<(), Trap> {
     let port = port(core, op);
     core.check_io(port, T::BYTES)?;
+    core.td_intercepts_io(op, &single_access(op, port, T::BYTES, false))?;
     let value: T = core.reg(RAX);
     core.io_string = false;
     core.io_buffer.clear();
@@ -182,6 +207,7 @@ fn input_string<T: Int>(core: &mut Core, op: &Op) -> Result<(), Trap> {
         core.pending = Pending::None;
         return Ok(());
     }
+    core.td_intercepts_io(op, &string_access(port, T::BYTES, true))?;
     if let Pending::InReady { count, .. } = core.pending {
         consume_input::<T>(core, op, u64::from(count))?;
         core.pending = Pending::None;
@@ -231,6 +257,7 @@ fn output_string<T: Int>(core: &mut Core, op: &Op) -> Result<(), Trap> {
         core.pending = Pending::None;
         return Ok(());
     }
+    core.td_intercepts_io(op, &string_access(port, T::BYTES, false))?;
     let step = core.string_step(T::BYTES);
     if let Pending::Out { count, .. } = core.pending {
         core.pending = Pending::None;

@@ -17,7 +17,8 @@
 //! `sse` as functions over plain values; `integer`, `stack`, `control`, `strings` and `io` fetch
 //! their operands and store their results. `segments`, `far` and `events` know descriptors, far
 //! transfers, exceptions and interrupts; `gates` and `virtual8086` two chapters of them; `breakpoints` the debug registers; `control_registers`, `msr`, `tables`, `syscall`,
-//! `system_flags`, `protection_keys`, `random`, `system` and `cpuid` are the system instructions. `memory` translates and
+//! `system_flags`, `protection_keys`, `random`, `system`, `td` and `cpuid` are the
+//! system instructions. `memory` translates and
 //! accesses.
 
 mod alu;
@@ -60,6 +61,7 @@ mod syscall;
 mod system;
 mod system_flags;
 mod tables;
+mod td;
 mod time;
 mod trap;
 mod virtual8086;
@@ -71,7 +73,7 @@ pub use line::Line;
 pub use machine::{Machine, MachineConfig, SecondStageKind};
 pub use memory::access::fixup;
 pub use memory::process;
-pub use memory::{InvalidSppt, Pml, SecondStage, Translation};
+pub use memory::{InvalidSppt, Pml, SecondStage, Translation, VeBusy, VeControl, VeInfo, reason};
 pub use state::{
     Counters, CpuidEntry, DebugControl, DebugRegisters, Events, FpuState, Msrs, Registers, Segment,
     SystemRegisters, TableRegister,

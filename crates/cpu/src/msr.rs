@@ -2,6 +2,7 @@
 
 use crate::core_state::{Core, Pending, seg};
 use crate::form::Form;
+use crate::memory::reason;
 use crate::op::{Handler, Op};
 use crate::state::{cr4, gpr};
 use crate::system::{pair, set_pair};
@@ -153,12 +154,16 @@ impl Core {
 fn rdmsr(core: &mut Core, op: &Op) -> Result<(), Trap> {
     core.require_ring_0()?;
     let index: u32 = core.reg(RCX);
+    if core.td && index == number::TSC_ADJUST {
+        return Err(core.intercepted(op, reason::RDMSR, 0));
+    }
     if !core.msrs_leave
         && let Some(value) = core.own_msr(index)
     {
         set_pair(core, value);
         return Ok(());
     }
+    core.td_intercepts(op, reason::RDMSR)?;
     if let Pending::Rdmsr {
         index: asked,
         answer: Some(answer),
@@ -187,12 +192,17 @@ fn wrmsr(core: &mut Core, op: &Op) -> Result<(), Trap> {
     core.require_ring_0()?;
     let index: u32 = core.reg(RCX);
     let value = pair(core);
+    // A TD's time is not its own to change.
+    if core.td && matches!(index, number::TSC | number::TSC_ADJUST) {
+        return Err(core.intercepted(op, reason::WRMSR, 0));
+    }
     if !core.msrs_leave
         && let Some(result) = core.write_own_msr(index, value)
     {
         core.stop = true;
         return result;
     }
+    core.td_intercepts(op, reason::WRMSR)?;
     if let Pending::Wrmsr {
         index: asked,
         answer: Some(accepted),

@@ -5,6 +5,7 @@ use crate::core_state::{Core, Pending};
 use crate::form::Form;
 use crate::int::Int;
 use crate::integer::nop;
+use crate::memory::reason;
 use crate::op::{Address, Handler, Mem, Op, Read, Segmented, offset};
 use crate::state::{cr4, gpr};
 use crate::trap::{Exception, Exit, Trap, vector};
@@ -34,10 +35,17 @@ pub(crate) fn select(form: &Form) -> Option<Handler> {
             Ok(())
         },
         (M::Invpcid, ..) => invpcid,
-        (M::Invd | M::Wbinvd | M::Wbnoinvd, ..) => |core, _| core.require_ring_0(),
+        (M::Invd, ..) => |core, op| {
+            core.require_ring_0()?;
+            core.td_intercepts(op, reason::INVD)
+        },
+        (M::Wbinvd | M::Wbnoinvd, ..) => |core, op| {
+            core.require_ring_0()?;
+            core.td_intercepts(op, reason::WBINVD)
+        },
         // No address is watched: MWAIT always finds a reason to go on.
-        (M::Monitor, ..) => |core, _| wait_hint(core, 0),
-        (M::Mwait, ..) => |core, _| wait_hint(core, MWAIT_BREAK_ON_INTERRUPT),
+        (M::Monitor, ..) => |core, op| wait_hint(core, op, reason::MONITOR, 0),
+        (M::Mwait, ..) => |core, op| wait_hint(core, op, reason::MWAIT, MWAIT_BREAK_ON_INTERRUPT),
         // There are no counters.
         (M::Rdpmc, ..) => |core, _| Err(core.general_protection(0)),
         (M::Serialize, ..) => |core, _| {
@@ -45,8 +53,9 @@ pub(crate) fn select(form: &Form) -> Option<Handler> {
             core.stop = true;
             Ok(())
         },
-        (M::Hlt, ..) => |core, _| {
+        (M::Hlt, ..) => |core, op| {
             core.require_ring_0()?;
+            core.td_intercepts(op, reason::HLT)?;
             Err(core.leave(Exit::Halt))
         },
         (M::Vmcall, ..) => |core, op| hypercall(core, op, true),
@@ -99,8 +108,12 @@ pub(crate) fn pair(core: &Core) -> u64 {
     u64::from(core.reg::<u32>(RDX)) << 32 | u64::from(core.reg::<u32>(RAX))
 }
 
-fn cpuid(core: &mut Core, _op: &Op) -> Result<(), Trap> {
-    let [eax, ebx, ecx, edx] = core.cpuid_answer(core.reg(RAX), core.reg(RCX));
+fn cpuid(core: &mut Core, op: &Op) -> Result<(), Trap> {
+    let answer = core.cpuid_answer(core.reg(RAX), core.reg(RCX));
+    if answer.is_none() {
+        core.td_intercepts(op, reason::CPUID)?;
+    }
+    let [eax, ebx, ecx, edx] = answer.unwrap_or_default();
     core.set_reg(RAX, eax);
     core.set_reg(RBX, ebx);
     core.set_reg(RCX, ecx);
@@ -129,6 +142,10 @@ fn rdtscp(core: &mut Core, op: &Op) -> Result<(), Trap> {
 }
 
 fn hypercall(core: &mut Core, op: &Op, vmcall: bool) -> Result<(), Trap> {
+    if core.td && !vmcall {
+        return Err(core.invalid_opcode());
+    }
+    core.td_intercepts(op, reason::VMCALL)?;
     if let Pending::Hypercall {
         answer: Some(result),
     } = core.pending
@@ -146,10 +163,11 @@ fn hypercall(core: &mut Core, op: &Op, vmcall: bool) -> Result<(), Trap> {
 const MWAIT_BREAK_ON_INTERRUPT: u32 = 1;
 
 /// MONITOR and MWAIT: #UD outside ring 0, #GP for extensions in ECX that are not there.
-fn wait_hint(core: &mut Core, extensions: u32) -> Result<(), Trap> {
+fn wait_hint(core: &mut Core, op: &Op, reason: u32, extensions: u32) -> Result<(), Trap> {
     if core.cpl > 0 {
         return Err(core.invalid_opcode());
     }
+    core.td_intercepts(op, reason)?;
     if core.reg::<u32>(RCX) & !extensions != 0 {
         return Err(core.general_protection(0));
     }

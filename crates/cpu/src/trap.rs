@@ -4,6 +4,7 @@
 //! `Result<u64, Trap>` travels in two registers. Its details are left in the processor.
 //! [`Exit`] is what the hypervisor sees when [`Cpu::run`](crate::Cpu::run) returns.
 
+use crate::memory::VeInfo;
 use std::fmt;
 use twofold_arch::Gpa;
 
@@ -145,6 +146,22 @@ pub enum Exit {
         /// EDX:EAX.
         value: u64,
     },
+    /// TDCALL of a [TD](crate::Cpu::set_td). State is before the instruction; answer with
+    /// [`Cpu::complete_tdcall`](crate::Cpu::complete_tdcall).
+    Tdcall,
+    /// An instruction that a [TD](crate::Cpu::set_td) does not execute by itself. State is before the
+    /// instruction.
+    Intercepted {
+        /// The basic exit reason, one of [`reason`](crate::reason).
+        reason: u32,
+        /// The exit qualification: of port I/O, otherwise 0.
+        qualification: u64,
+        /// Bytes of the instruction.
+        length: u8,
+    },
+    /// A virtualization exception that the hypervisor wants to see instead of the guest
+    /// ([`VeControl::intercept`](crate::VeControl::intercept)). The information page is filled.
+    VirtualizationException(VeInfo),
     /// The interrupt window that was asked for is open. State is at an instruction boundary.
     InterruptWindow,
     /// Triple fault.

@@ -20,11 +20,13 @@ mod sub_page;
 #[cfg(test)]
 mod tests;
 mod tlb;
+mod virtualization_exception;
 
 pub(crate) use access::Datum;
 pub use pml::Pml;
 pub use stage2::SecondStage;
 pub use sub_page::InvalidSppt;
+pub use virtualization_exception::{VeBusy, VeControl, VeInfo, reason};
 
 use crate::core_state::Core;
 use crate::line::Request;
@@ -73,6 +75,10 @@ pub(crate) struct Memory {
     walk_cache: WalkCache,
     /// Where EPT dirty flags that are set are logged.
     pub(crate) pml: Option<Pml>,
+    /// Whether violations become #VE.
+    pub(crate) ve: Option<VeControl>,
+    /// Length of the instruction that the last #VE is about.
+    ve_instruction_length: u8,
     table_pages: TablePages,
     mmio: Mmio,
     /// The last #GP was raised because this linear address was not canonical. An access through SS
@@ -123,6 +129,8 @@ impl Memory {
             walker: Walker::none(machine),
             walk_cache: WalkCache::new(),
             pml: None,
+            ve: None,
+            ve_instruction_length: 0,
             table_pages: TablePages(Box::new([TablePages::EMPTY; TablePages::COUNT])),
             mmio: Mmio::default(),
             not_canonical: None,
@@ -397,8 +405,8 @@ impl Core {
         };
         match self.mem.second_stage(&self.machine, &access) {
             Ok(page) => Ok(Some(page)),
-            Err(Exit::SecondStage(_)) if self.mem.mmio.allows(mapping.gpa) => Ok(None),
-            Err(exit) => Err(self.leave(exit)),
+            Err(refusal) if refusal.is_fault() && self.mem.mmio.allows(mapping.gpa) => Ok(None),
+            Err(refusal) => Err(self.refused(refusal)),
         }
     }
 
@@ -515,8 +523,8 @@ impl NestedTables<'_> {
                 self.core.mem.table_pages.0[TablePages::slot(gpa)] = entry;
                 Ok(Some(entry))
             }
-            Err(Exit::SecondStage(_)) if self.core.mem.mmio.allows(gpa) => Ok(None),
-            Err(exit) => Err(self.core.leave(exit)),
+            Err(refusal) if refusal.is_fault() && self.core.mem.mmio.allows(gpa) => Ok(None),
+            Err(refusal) => Err(self.core.refused(refusal)),
         }
     }
 }

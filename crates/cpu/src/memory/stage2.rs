@@ -27,6 +27,17 @@ pub enum SecondStage {
         /// Its level: [`Level::L512G`] or [`Level::L256T`].
         level: Level,
     },
+    /// The two extended page tables of a TD. Guest-physical addresses have no bits above the shared
+    /// one: those that have are a page fault with a reserved bit (TDX Module Base Architecture
+    /// Specification, "Guest Physical Address Translation").
+    Td {
+        /// For addresses without the shared bit: the Secure EPT.
+        secure: Eptp,
+        /// For addresses with it. They are looked up with the bit.
+        shared: Eptp,
+        /// The number of the shared bit: 47 or 51.
+        shared_bit: u8,
+    },
 }
 
 bitflags! {
@@ -96,7 +107,12 @@ enum Decoded {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Failure {
     /// What the entries that were read allow together; nothing if one was not present.
-    Denied { rights: Rights, present: bool },
+    Denied {
+        rights: Rights,
+        present: bool,
+        /// The entry that decided does not let an EPT violation become #VE.
+        suppress_ve: bool,
+    },
     /// The processor refuses an entry.
     Malformed,
     /// Sub-page permissions have to be asked for, and a table of theirs is missing.
@@ -301,6 +317,42 @@ impl Format for Npt {
 enum Tables {
     Ept(Ept),
     Npt(Npt),
+    Td(Td),
+}
+
+/// The tables of a TD.
+#[derive(Clone, Copy, Debug)]
+struct Td {
+    secure: Ept,
+    shared: Ept,
+    shared_bit: u8,
+}
+
+impl Td {
+    /// The tables that translate an address.
+    const fn of(self, gpa: u64) -> Ept {
+        if gpa >> self.shared_bit & 1 != 0 {
+            self.shared
+        } else {
+            self.secure
+        }
+    }
+}
+
+/// Why an access was refused.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(crate) struct Refusal {
+    /// What the processor leaves the guest with.
+    pub(crate) exit: Exit,
+    /// The entry that decided lets an EPT violation become #VE.
+    pub(crate) convertible: bool,
+}
+
+impl Refusal {
+    /// Whether the tables refused it.
+    pub(crate) const fn is_fault(&self) -> bool {
+        matches!(self.exit, Exit::SecondStage(_))
+    }
 }
 
 /// The second stage of one vCPU.
@@ -326,11 +378,21 @@ impl Walker {
 
     pub(crate) fn new(machine: &Machine, second_stage: SecondStage) -> Self {
         let maxphyaddr = machine.config().maxphyaddr;
+        let ept = |pointer| Ept {
+            pointer,
+            caps: EptCaps::full(maxphyaddr),
+            sppt: None,
+        };
         let tables = match second_stage {
-            SecondStage::Ept(pointer) => Tables::Ept(Ept {
-                pointer,
-                caps: EptCaps::full(maxphyaddr),
-                sppt: None,
+            SecondStage::Ept(pointer) => Tables::Ept(ept(pointer)),
+            SecondStage::Td {
+                secure,
+                shared,
+                shared_bit,
+            } => Tables::Td(Td {
+                secure: ept(secure),
+                shared: ept(shared),
+                shared_bit,
             }),
             SecondStage::Npt { root, level } => Tables::Npt(Npt {
                 root,
@@ -349,7 +411,7 @@ impl Walker {
                 format.sppt = root;
                 true
             }
-            Tables::Npt(_) => root.is_none(),
+            Tables::Npt(_) | Tables::Td(_) => root.is_none(),
         }
     }
 
@@ -357,7 +419,24 @@ impl Walker {
     pub(crate) fn sppt(&self) -> Option<Hpa> {
         match self.tables {
             Tables::Ept(format) => format.sppt,
-            Tables::Npt(_) => None,
+            Tables::Npt(_) | Tables::Td(_) => None,
+        }
+    }
+
+    /// Whether an address is that of a TD and has bits above the shared one.
+    pub(crate) fn is_beyond_shared_bit(&self, gpa: Gpa) -> bool {
+        match self.tables {
+            Tables::Td(td) => gpa.get() >> td.shared_bit > 1,
+            Tables::Ept(_) | Tables::Npt(_) => false,
+        }
+    }
+
+    /// The entries on the way to an address.
+    pub(crate) fn trace(&self, machine: &Machine, gpa: Gpa) -> Vec<(Level, u64)> {
+        match self.tables {
+            Tables::Ept(format) => trace(machine, format, gpa),
+            Tables::Npt(format) => trace(machine, format, gpa),
+            Tables::Td(td) => trace(machine, td.of(gpa.get()), gpa),
         }
     }
 
@@ -366,6 +445,8 @@ impl Walker {
         match self.tables {
             Tables::Ept(format) => format.flags_managed(),
             Tables::Npt(format) => format.flags_managed(),
+            // Guest tables are private.
+            Tables::Td(td) => td.secure.flags_managed(),
         }
     }
 
@@ -379,10 +460,11 @@ impl Walker {
         cache: &mut WalkCache,
         log: &mut Option<Pml>,
         access: &GuestAccess,
-    ) -> Result<HostPage, Exit> {
+    ) -> Result<HostPage, Refusal> {
         match self.tables {
             Tables::Ept(format) => walk(machine, format, cache, log, access),
             Tables::Npt(format) => walk(machine, format, cache, log, access),
+            Tables::Td(td) => walk(machine, td.of(access.gpa), cache, log, access),
         }
     }
 }
@@ -431,7 +513,7 @@ fn walk<F: Format>(
     cache: &mut WalkCache,
     log: &mut Option<Pml>,
     access: &GuestAccess,
-) -> Result<HostPage, Exit> {
+) -> Result<HostPage, Refusal> {
     if let Some(start) = cache.get(access.gpa)
         && let Ok((page, _)) = descend(machine, format, log, access, start)
     {
@@ -447,12 +529,18 @@ fn walk<F: Format>(
         }
         Err(stop) => stop,
     };
-    Err(match stop {
+    let convertible = stop.is_convertible();
+    let exit = match stop {
         Stop::Refused(failure) => Exit::SecondStage(format.fault(failure, access)),
-        Stop::SubPageDenied { rights, distance } => {
+        Stop::SubPageDenied {
+            rights,
+            suppress_ve,
+            distance,
+        } => {
             let failure = Failure::Denied {
                 rights,
                 present: true,
+                suppress_ve,
             };
             // What is reported is the first byte that must not be written.
             let denied = GuestAccess {
@@ -464,7 +552,28 @@ fn walk<F: Format>(
         }
         Stop::LogFull => Exit::PmlFull,
         Stop::Vanished(place) => Exit::HostFault { hva: place as u64 },
-    })
+    };
+    Err(Refusal { exit, convertible })
+}
+
+/// Walks without an access, to show what there is.
+fn trace<F: Format>(machine: &Machine, format: F, gpa: Gpa) -> Vec<(Level, u64)> {
+    let mut seen = Vec::new();
+    let (mut table, mut level) = format.root();
+    if table.get() == 0 {
+        return seen;
+    }
+    loop {
+        let place = machine.host(table) + level.index(gpa.frame()) * size_of::<u64>();
+        let Ok(entry) = read_entry(place) else {
+            return seen;
+        };
+        seen.push((level, entry));
+        match (format.decode(entry, level), level.below()) {
+            (Decoded::Table { hpa, .. }, Some(below)) => (table, level) = (hpa, below),
+            _ => return seen,
+        }
+    }
 }
 
 fn walk_from_root<F: Format>(
@@ -479,6 +588,8 @@ fn walk_from_root<F: Format>(
         return Err(Stop::Refused(Failure::Denied {
             rights: Rights::empty(),
             present: false,
+            // There is no entry that could say otherwise.
+            suppress_ve: true,
         }));
     }
     descend(
@@ -499,11 +610,31 @@ pub(super) enum Stop {
     /// The tables do not allow the access.
     Refused(Failure),
     /// Sub-page permissions do not allow a write of the byte at this distance from its first.
-    SubPageDenied { rights: Rights, distance: u64 },
+    SubPageDenied {
+        rights: Rights,
+        suppress_ve: bool,
+        distance: u64,
+    },
     /// A dirty flag has to be set, and the log of those has no room.
     LogFull,
     /// There is no memory at this address of the process.
     Vanished(usize),
+}
+
+impl Stop {
+    /// Whether the entry that decided lets an EPT violation become #VE.
+    const fn is_convertible(&self) -> bool {
+        match *self {
+            Self::Refused(Failure::Denied { suppress_ve, .. })
+            | Self::SubPageDenied { suppress_ve, .. } => !suppress_ve,
+            Self::Refused(_) | Self::LogFull | Self::Vanished(_) => false,
+        }
+    }
+}
+
+/// Whether a leaf, or an entry that is not present, keeps an EPT violation from becoming #VE.
+const fn suppresses_ve(entry: u64) -> bool {
+    EptFlags::from_bits_retain(entry).contains(EptFlags::SUPPRESS_VE)
 }
 
 /// Walks down from a table. Also returns the last table of the walk.
@@ -539,6 +670,7 @@ fn descend<F: Format>(
                     return refuse(Failure::Denied {
                         rights: Rights::empty(),
                         present: false,
+                        suppress_ve: suppresses_ve(entry),
                     });
                 }
                 Decoded::Malformed => return refuse(Failure::Malformed),
@@ -569,13 +701,18 @@ fn descend<F: Format>(
                     return refuse(Failure::Denied {
                         rights,
                         present: true,
+                        suppress_ve: suppresses_ve(entry),
                     });
                 };
                 let maxphyaddr = machine.config().maxphyaddr;
                 match sub_page::judge(machine, sppt, maxphyaddr, access.gpa, access.bytes)? {
                     Verdict::Allowed => {}
                     Verdict::Denied(distance) => {
-                        return Err(Stop::SubPageDenied { rights, distance });
+                        return Err(Stop::SubPageDenied {
+                            rights,
+                            suppress_ve: suppresses_ve(entry),
+                            distance,
+                        });
                     }
                     Verdict::Miss => return refuse(Failure::SubPageMiss),
                     Verdict::Misconfigured => return refuse(Failure::SubPageMalformed),
@@ -663,9 +800,14 @@ impl Memory {
         &mut self,
         machine: &Machine,
         access: &GuestAccess,
-    ) -> Result<HostPage, Exit> {
+    ) -> Result<HostPage, Refusal> {
         self.walker
             .translate(machine, &mut self.walk_cache, &mut self.pml, access)
+    }
+
+    /// The entries of the second stage on the way to an address.
+    pub(crate) fn trace_second_stage(&self, machine: &Machine, gpa: Gpa) -> Vec<(Level, u64)> {
+        self.walker.trace(machine, gpa)
     }
 }
 

@@ -3,7 +3,9 @@
 mod pml;
 mod running;
 mod sub_pages;
+mod td;
 mod values;
+mod virtualization_exceptions;
 mod walks;
 
 use super::*;
