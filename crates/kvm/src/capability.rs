@@ -7,6 +7,7 @@ use crate::second_stage::Kind;
 use crate::vm::HypercallExits;
 use crate::vm_type::VmType;
 use kvm_bindings as kvm;
+use twofold_abi::spp;
 
 /// vCPUs that one VM may have.
 pub const MAX_VCPUS: u32 = 1024;
@@ -135,6 +136,7 @@ pub fn all() -> impl Iterator<Item = Capability> {
         name: "NR_VCPUS",
         value: recommended_vcpus(),
     });
+    all.extend(sub_pages(Kind::from_environment()));
     all.push(Capability {
         number: kvm::KVM_CAP_VM_TYPES,
         name: "VM_TYPES",
@@ -144,9 +146,27 @@ pub fn all() -> impl Iterator<Item = Capability> {
     all.into_iter()
 }
 
-/// What `KVM_CHECK_EXTENSION` answers on a VM: as on the system, but for what belongs to another
-/// type of VM.
-pub(crate) fn check_vm(kind: VmType, number: u64) -> u32 {
+/// Sub-page write protection, which Twofold adds to KVM, where processors have it: with EPT.
+fn sub_pages(kind: Kind) -> Option<Capability> {
+    (kind == Kind::Ept).then_some(Capability {
+        number: spp::KVM_CAP_X86_SPP,
+        name: "X86_SPP",
+        value: spp::KVM_SUBPAGE_MAX_PAGES,
+    })
+}
+
+/// What `KVM_CHECK_EXTENSION` answers on a VM with this second stage: as on the system, but for what
+/// belongs to another type of VM.
+pub(crate) fn check_vm(kind: VmType, second_stage: Kind, number: u64) -> u32 {
+    if number == u64::from(spp::KVM_CAP_X86_SPP) {
+        // A trust domain's tables are not the hypervisor's to write.
+        return match kind {
+            VmType::TrustDomain => 0,
+            VmType::Default | VmType::SoftwareProtected => {
+                sub_pages(second_stage).map_or(0, |capability| capability.value)
+            }
+        };
+    }
     let private = [kvm::KVM_CAP_MEMORY_ATTRIBUTES, kvm::KVM_CAP_GUEST_MEMFD];
     if private.iter().any(|known| u64::from(*known) == number) && !kind.has_private_memory() {
         return 0;
@@ -184,6 +204,9 @@ pub fn check(number: u64) -> u32 {
     }
     if number == u64::from(kvm::KVM_CAP_VM_TYPES) {
         return vm_types();
+    }
+    if number == u64::from(spp::KVM_CAP_X86_SPP) {
+        return sub_pages(Kind::from_environment()).map_or(0, |capability| capability.value);
     }
     CAPABILITIES
         .iter()
@@ -223,13 +246,24 @@ mod tests {
     #[test]
     fn a_vm_has_private_memory_if_its_type_does() {
         for number in [kvm::KVM_CAP_MEMORY_ATTRIBUTES, kvm::KVM_CAP_GUEST_MEMFD] {
-            assert_eq!(check_vm(VmType::Default, number.into()), 0);
-            assert_ne!(check_vm(VmType::SoftwareProtected, number.into()), 0);
+            assert_eq!(check_vm(VmType::Default, Kind::Ept, number.into()), 0);
+            assert_ne!(
+                check_vm(VmType::SoftwareProtected, Kind::Ept, number.into()),
+                0
+            );
             assert_ne!(check(number.into()), 0);
         }
-        let types = check_vm(VmType::Default, kvm::KVM_CAP_VM_TYPES.into());
+        let types = check_vm(VmType::Default, Kind::Ept, kvm::KVM_CAP_VM_TYPES.into());
         assert_eq!(types, VmType::supported(Kind::from_environment()));
         assert_eq!(types & 0b11, 0b11);
+    }
+
+    #[test]
+    fn sub_pages_are_protected_with_ept_only() {
+        let number = u64::from(spp::KVM_CAP_X86_SPP);
+        assert_eq!(check_vm(VmType::Default, Kind::Ept, number), 512);
+        assert_eq!(check_vm(VmType::Default, Kind::Npt, number), 0);
+        assert_eq!(check_vm(VmType::TrustDomain, Kind::Ept, number), 0);
     }
 
     #[test]

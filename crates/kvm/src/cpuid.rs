@@ -100,6 +100,14 @@ pub(crate) fn guest_address_bits(table: &[kvm_cpuid_entry2]) -> u32 {
     find(table, 0x8000_0008, 0).map_or(36, |leaf| leaf.eax & 0xff)
 }
 
+/// Whether the guest is told that it can run guests of its own: by VMX, or by SVM.
+pub(crate) fn is_nested(table: &[kvm_cpuid_entry2]) -> bool {
+    const VMX: u32 = 1 << 5;
+    const SVM: u32 = 1 << 2;
+    let has = |leaf, bit| find(table, leaf, 0).is_some_and(|found| found.ecx & bit != 0);
+    has(1, VMX) || has(0x8000_0001, SVM)
+}
+
 /// The entry for a leaf and subleaf.
 pub(crate) fn find(
     table: &[kvm_cpuid_entry2],

@@ -38,6 +38,7 @@ mod private_memory;
 mod second_stage;
 mod shared;
 mod stats_file;
+mod sub_pages;
 mod summary;
 mod sync;
 mod table_pool;

@@ -6,12 +6,13 @@ use crate::vm_type::VmType;
 use std::ops::Range;
 use std::sync::Arc;
 use twofold_arch::eptp::Eptp;
-use twofold_arch::{Gfn, Gpa, Level};
+use twofold_arch::sppt::AccessMap;
+use twofold_arch::{Gfn, Gpa, Hpa, Level};
 use twofold_cpu::{Machine, MachineConfig, SecondStage, SecondStageKind};
 use twofold_mmu::{
     AttributeError, Config, DirtyLogError, DirtyRingError, Ept, Fault, FaultError,
     GuestMemoryError, ManualProtect, Mmu, Npt, OutOfMemory, Outcome, PendingChange, PrefaultError,
-    Reader, Region, RegionError, RingMemory, Root, RootRole, SlotInfo, Stats,
+    Reader, Region, RegionError, RingMemory, Root, RootRole, SlotInfo, Stats, SubPageError,
 };
 
 /// Bits of a host-physical address in the entries. They are this process's virtual addresses.
@@ -123,6 +124,42 @@ impl Tables {
         gfns: Range<Gfn>,
     ) -> Result<u64, PrefaultError> {
         either!(self, mmu => mmu.prefault(reader, root, gfns))
+    }
+
+    /// Makes sub-page permissions possible.
+    pub(crate) fn enable_sub_pages(&self) -> Result<(), SubPageError> {
+        either!(self, mmu => mmu.enable_sub_pages())
+    }
+
+    pub(crate) fn set_sub_page_access(
+        &self,
+        first: Gfn,
+        maps: &[AccessMap],
+    ) -> Result<(), SubPageError> {
+        either!(self, mmu => mmu.set_access(RootRole::NORMAL.as_id(), first, maps))
+    }
+
+    pub(crate) fn get_sub_page_access(
+        &self,
+        first: Gfn,
+        maps: &mut [AccessMap],
+    ) -> Result<(), SubPageError> {
+        either!(self, mmu => mmu.get_access(RootRole::NORMAL.as_id(), first, maps))
+    }
+
+    /// The sub-page permission table that belongs to `root`, once they are enabled.
+    pub(crate) fn sppt(&self, root: &Root) -> Option<Hpa> {
+        either!(self, mmu => mmu.sppt_root(root.role()))
+    }
+
+    /// Answers a miss in that table.
+    pub(crate) fn sppt_miss(
+        &self,
+        reader: &mut Reader,
+        root: &Root,
+        gpa: Gpa,
+    ) -> Result<Outcome, FaultError> {
+        either!(self, mmu => mmu.sppt_miss(reader, root, gpa))
     }
 
     pub(crate) fn begin_private_change(&self, addresses: Range<u64>) -> PendingChange {

@@ -5,9 +5,10 @@ use crate::vcpu::VcpuCore;
 use crate::vm::{self, Vm};
 use std::fmt;
 use std::time::{Duration, Instant};
+use twofold_abi::spp::KVM_EXIT_SPP;
 
 /// The names of `KVM_EXIT_*`, by number.
-const EXIT_NAMES: &[(usize, &str)] = &[
+const EXIT_NAMES: &[(u32, &str)] = &[
     (0, "unknown"),
     (2, "io"),
     (3, "hypercall"),
@@ -22,6 +23,7 @@ const EXIT_NAMES: &[(usize, &str)] = &[
     (29, "rdmsr"),
     (30, "wrmsr"),
     (39, "memory-fault"),
+    (KVM_EXIT_SPP, "spp"),
 ];
 
 /// Sums over every VM of the process, living and gone.

@@ -78,6 +78,7 @@ plain!(
     td::InitVm,
     td::MemoryRegion,
     td::TdxCommand,
+    twofold_abi::spp::kvm_subpage,
     [u32; 1024],
     [u32; 2],
 );

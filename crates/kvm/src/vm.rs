@@ -22,6 +22,7 @@ use rustix::thread::CapabilitySet;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant, SystemTime};
+use twofold_abi::spp;
 use twofold_cpu::Machine;
 use twofold_mmu::SlotInfo;
 
@@ -75,6 +76,8 @@ pub struct Vm {
     clock_offset: AtomicU64,
     /// Where huge pages are not executable.
     nx_recovery: OnceLock<Worker>,
+    /// Sub-page permissions are enabled: a copy that running vCPUs look at.
+    pub(crate) protects_sub_pages: AtomicBool,
 }
 
 /// What changes rarely, under one lock (KVM's `kvm->lock`).
@@ -123,6 +126,7 @@ impl Vm {
             tsc_khz: AtomicU32::new(0),
             clock_offset: AtomicU64::new(0),
             nx_recovery: OnceLock::new(),
+            protects_sub_pages: AtomicBool::new(false),
         });
         if let Some(worker) = Worker::start(&vm)? {
             let _ = vm.nx_recovery.set(worker);
@@ -495,7 +499,8 @@ impl Vm {
     ///
     /// # Errors
     /// `EINVAL` for flags, for capabilities that cannot be enabled, and for arguments that are out
-    /// of range; for an interrupt controller as [`Self::create_irqchip`].
+    /// of range; for an interrupt controller as [`Self::create_irqchip`]; for sub-page permissions
+    /// `ENODEV`, `EPERM`, `ENOMEM`.
     pub fn enable_cap(&self, cap: &kvm_enable_cap) -> Result<(), Errno> {
         if cap.flags != 0 {
             return Err(Errno::INVAL);
@@ -553,6 +558,7 @@ impl Vm {
             }
             // Every failure exits here, whatever the program says.
             kvm::KVM_CAP_EXIT_ON_EMULATION_FAILURE if argument <= 1 => Ok(()),
+            spp::KVM_CAP_X86_SPP => self.enable_sub_pages(&cap.args),
             _ => Err(Errno::INVAL),
         }
     }

@@ -15,6 +15,7 @@ use kvm_bindings::{
     kvm_vcpu_events, kvm_x86_mce, kvm_xcrs, kvm_xen_hvm_config, kvm_xsave,
 };
 use std::mem::size_of;
+use twofold_abi::spp;
 
 /// The ioctl type of KVM, in bits 8 to 15 of every number.
 pub const KVMIO: u64 = 0xae;
@@ -152,6 +153,8 @@ numbers! {
     KVM_SET_DEVICE_ATTR = iow::<kvm_device_attr>(0xe1);
     KVM_GET_DEVICE_ATTR = iow::<kvm_device_attr>(0xe2);
     KVM_HAS_DEVICE_ATTR = iow::<kvm_device_attr>(0xe3);
+    KVM_SUBPAGES_GET_ACCESS = spp::KVM_SUBPAGES_GET_ACCESS as u64;
+    KVM_SUBPAGES_SET_ACCESS = spp::KVM_SUBPAGES_SET_ACCESS as u64;
 }
 
 /// The name of an ioctl number, for log lines. Numbers that nobody defined have none.

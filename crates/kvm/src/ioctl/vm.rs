@@ -15,7 +15,9 @@ use kvm_bindings::{
     kvm_userspace_memory_region2,
 };
 use rustix::io::Errno;
+use std::mem::size_of;
 use std::sync::Arc;
+use twofold_abi::spp::kvm_subpage;
 
 /// Flags that `KVM_SET_USER_MEMORY_REGION` takes.
 const REGION_V1_FLAGS: u32 = KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY;
@@ -34,7 +36,9 @@ pub(super) fn ioctl(vm: &Arc<Vm>, request: u64, argument: usize) -> Reply {
         KVM_GET_DIRTY_LOG => get_dirty_log(vm, argument),
         KVM_CLEAR_DIRTY_LOG => clear_dirty_log(vm, argument),
         KVM_RESET_DIRTY_RINGS => Ok(vm.reset_dirty_rings()? as i32),
-        KVM_CHECK_EXTENSION => Ok(capability::check_vm(vm.vm_type(), argument as u64) as i32),
+        KVM_CHECK_EXTENSION => {
+            Ok(capability::check_vm(vm.vm_type(), vm.second_stage(), argument as u64) as i32)
+        }
         KVM_ENABLE_CAP => done(vm.enable_cap(&read(argument)?)),
         KVM_SET_NR_MMU_PAGES => done(vm.set_nr_mmu_pages(argument as u64)),
         KVM_GET_NR_MMU_PAGES => Ok(vm.get_nr_mmu_pages() as i32),
@@ -84,12 +88,36 @@ pub(super) fn ioctl(vm: &Arc<Vm>, request: u64, argument: usize) -> Reply {
         KVM_GET_CLOCK => reply(argument, Ok(vm.get_clock())),
         KVM_SET_CLOCK => done(vm.set_clock(&read(argument)?)),
         KVM_X86_SET_MSR_FILTER => done(vm.set_msr_filter(&read_msr_filter(argument)?)),
+        KVM_SUBPAGES_GET_ACCESS => get_sub_page_access(vm, argument),
+        KVM_SUBPAGES_SET_ACCESS => set_sub_page_access(vm, argument),
         KVM_GET_STATS_FD => {
             let (stats, file) = StatsFile::of_vm(vm)?;
             Ok(descriptor::install(file, Object::Stats(Arc::new(stats))))
         }
         _ => Err(unknown("VM", request)),
     }
+}
+
+/// The header of a request about access maps, copied in once, and where its maps are.
+fn sub_page_header(argument: usize) -> Result<(kvm_subpage, usize), Errno> {
+    let header: kvm_subpage = read(argument)?;
+    let maps = argument
+        .checked_add(size_of::<kvm_subpage>())
+        .ok_or(Errno::FAULT)?;
+    Ok((header, maps))
+}
+
+fn get_sub_page_access(vm: &Vm, argument: usize) -> Reply {
+    let (header, place) = sub_page_header(argument)?;
+    let maps = vm.get_sub_page_access(&header)?;
+    write_slice(place, &maps)?;
+    Ok(maps.len() as i32)
+}
+
+fn set_sub_page_access(vm: &Vm, argument: usize) -> Reply {
+    let (header, place) = sub_page_header(argument)?;
+    vm.set_sub_page_access(&header, |count| read_slice(place, count))?;
+    Ok(header.npages as i32)
 }
 
 fn done(result: Result<(), Errno>) -> Reply {

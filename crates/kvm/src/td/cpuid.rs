@@ -28,7 +28,9 @@ const ADDRESS_BITS_LEAF: u32 = 0x8000_0008;
 
 /// The leaves of which a program may configure something, with the bits that it may set.
 pub(super) fn configurable() -> Vec<kvm_cpuid_entry2> {
-    native().filter_map(|leaf| configurable_bits(&leaf)).collect()
+    native()
+        .filter_map(|leaf| configurable_bits(&leaf))
+        .collect()
 }
 
 fn native() -> impl Iterator<Item = kvm_cpuid_entry2> {
@@ -145,7 +147,10 @@ mod tests {
             assert_eq!(leaf.eax >> 16 & 0xff, width);
         }
         for width in [0, 47, 49, 57] {
-            assert_eq!(address_width(&[entry(ADDRESS_BITS_LEAF, width << 16)]), None);
+            assert_eq!(
+                address_width(&[entry(ADDRESS_BITS_LEAF, width << 16)]),
+                None
+            );
         }
         assert_eq!(address_width(&[]), None);
         let twice = [entry(1, 0), entry(1, 0)];
@@ -168,7 +173,14 @@ mod tests {
                 assert_eq!(leaf, native);
             }
         }
-        assert_eq!(exact(&table, 1, 0).unwrap().ecx, exact(&native, 1, 0).unwrap().ecx);
-        assert!(table.iter().all(|leaf| !HYPERVISOR.contains(&leaf.function)));
+        assert_eq!(
+            exact(&table, 1, 0).unwrap().ecx,
+            exact(&native, 1, 0).unwrap().ecx
+        );
+        assert!(
+            table
+                .iter()
+                .all(|leaf| !HYPERVISOR.contains(&leaf.function))
+        );
     }
 }

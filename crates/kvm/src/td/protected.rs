@@ -104,7 +104,12 @@ mod tests {
         for request in [KVM_GET_REGS, KVM_SET_SREGS2, KVM_GET_XSAVE2, KVM_SET_LAPIC] {
             assert!(refuses(request));
         }
-        for request in [KVM_RUN, KVM_SET_CPUID2, KVM_PRE_FAULT_MEMORY, KVM_GET_MP_STATE] {
+        for request in [
+            KVM_RUN,
+            KVM_SET_CPUID2,
+            KVM_PRE_FAULT_MEMORY,
+            KVM_GET_MP_STATE,
+        ] {
             assert!(!refuses(request));
         }
     }

@@ -1,6 +1,7 @@
 //! What one vCPU counts. Written by the thread that runs it, read by anybody.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use twofold_abi::spp::KVM_EXIT_SPP;
 
 /// A count with one writer: adding to it is a plain load and store.
 #[derive(Debug, Default)]
@@ -26,7 +27,9 @@ impl Counter {
 }
 
 /// Exit reasons that are counted one by one; `KVM_EXIT_*` are below.
-pub(crate) const EXIT_REASONS: usize = 48;
+const EXIT_REASONS: usize = 48;
+/// Counters of returns: one more for the reason that is Twofold's own.
+const RETURNS: usize = EXIT_REASONS + 1;
 
 /// The counters of a vCPU, most of them named as KVM names them.
 #[derive(Debug, Default)]
@@ -64,23 +67,31 @@ pub(crate) struct Counters {
 
 /// Returns to the program, by `KVM_EXIT_*`.
 #[derive(Debug)]
-pub(crate) struct Returns([Counter; EXIT_REASONS]);
+pub(crate) struct Returns([Counter; RETURNS]);
 
 impl Default for Returns {
     fn default() -> Self {
-        Self([const { Counter(AtomicU64::new(0)) }; EXIT_REASONS])
+        Self([const { Counter(AtomicU64::new(0)) }; RETURNS])
     }
 }
 
 impl Returns {
     #[inline]
     pub(crate) fn increment(&self, reason: u32) {
-        if let Some(counter) = self.0.get(reason as usize) {
+        if let Some(counter) = self.counter(reason) {
             counter.increment();
         }
     }
 
-    pub(crate) fn get(&self, reason: usize) -> u64 {
-        self.0.get(reason).map_or(0, Counter::get)
+    pub(crate) fn get(&self, reason: u32) -> u64 {
+        self.counter(reason).map_or(0, Counter::get)
+    }
+
+    #[inline]
+    fn counter(&self, reason: u32) -> Option<&Counter> {
+        match reason {
+            KVM_EXIT_SPP => self.0.last(),
+            _ => self.0[..EXIT_REASONS].get(reason as usize),
+        }
     }
 }

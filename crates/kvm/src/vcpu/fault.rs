@@ -27,10 +27,9 @@ impl Vcpu {
             SecondStageFault::NestedPageFault { gpa, error } => {
                 (gpa, Pferr::from_bits_truncate(error))
             }
-            SecondStageFault::SpptMiss { gpa, .. }
-            | SecondStageFault::SpptMisconfiguration { gpa, .. } => {
-                tracing::error!(%gpa, ?fault, "there is no sub-page permission table");
-                return Ok(self.emulation_failure(&[]));
+            SecondStageFault::SpptMiss { gpa, .. } => return self.sub_page_miss(state, gpa),
+            SecondStageFault::SpptMisconfiguration { gpa, gla } => {
+                return Ok(self.sub_page_misconfiguration(gpa, gla));
             }
         };
         let counters = &self.core.counters;
@@ -68,8 +67,10 @@ impl Vcpu {
             Ok(Outcome::Spurious) => counters.pf_spurious.increment(),
             Ok(Outcome::Retry) => {}
             Ok(Outcome::ObsoleteRoot) => state.root = None,
-            // Nothing is protected in a VM of which nobody can ask for it.
-            Ok(Outcome::SubPageDenied) => return Ok(self.emulation_failure(&[])),
+            Ok(Outcome::SubPageDenied) => {
+                counters.pf_emulate.increment();
+                return Ok(self.sub_page_denied(state, gpa, error));
+            }
             Ok(Outcome::Mmio) => {
                 counters.pf_emulate.increment();
                 return Ok(self.no_memory(state, gpa, error, fault));

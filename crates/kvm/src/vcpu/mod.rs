@@ -14,6 +14,7 @@ mod registers;
 mod run;
 mod run_page;
 mod signal;
+mod sub_pages;
 mod tdcall;
 mod trust_domain;
 mod write_log;
@@ -61,6 +62,9 @@ pub(crate) struct VcpuCore {
     pub(crate) log: LogState,
     /// A signal came while the vCPU ran; `KVM_RUN` returns `EINTR`.
     signalled: AtomicBool,
+    /// Its CPUID table offers the guest nested virtualization. Changes under the VM's configuration
+    /// lock.
+    pub(crate) is_nested: AtomicBool,
     /// Everything that one ioctl at a time may touch (KVM's `vcpu->mutex`).
     state: Mutex<VcpuState>,
 }
@@ -74,6 +78,8 @@ pub(crate) struct VcpuState {
     root: Option<Root>,
     /// What the vCPU is to the TDX module, once `INIT_VCPU` has made it known there.
     td: Option<TdVcpu>,
+    /// Sub-page permissions were enabled when `root` was loaded.
+    asks_sub_pages: bool,
     /// What the program has to supply before the guest goes on.
     answer: Answer,
     cpuid: Vec<kvm_cpuid_entry2>,
@@ -116,6 +122,7 @@ impl VcpuCore {
             reader,
             write_log,
             root: None,
+            asks_sub_pages: false,
             answer: Answer::None,
             cpuid: Vec::new(),
             has_run: false,
@@ -141,6 +148,7 @@ impl VcpuCore {
             log: LogState::default(),
             line: Arc::clone(state.cpu.line()),
             signalled: AtomicBool::new(false),
+            is_nested: AtomicBool::new(false),
             state: Mutex::new(state),
         });
         Ok((core, file))
@@ -334,7 +342,8 @@ impl Vcpu {
     ///
     /// # Errors
     /// `E2BIG` for more than 256 entries; `EINVAL` for a size of linear addresses other than 48 or
-    /// 57, and for any change once the vCPU has run.
+    /// 57, and for any change once the vCPU has run; `EPERM` for nested virtualization in a VM with
+    /// sub-page permissions.
     pub fn set_cpuid2(&self, table: &[kvm_cpuid_entry2]) -> Result<(), Errno> {
         if table.len() > cpuid::MAX_ENTRIES {
             return Err(Errno::TOOBIG);
@@ -343,6 +352,7 @@ impl Vcpu {
         if state.has_run && state.cpuid != table || !cpuid::is_possible(table) {
             return Err(Errno::INVAL);
         }
+        self.vm.offer_nesting(&self.core, cpuid::is_nested(table))?;
         state.cpu.set_cpuid(
             table
                 .iter()

@@ -94,7 +94,11 @@ impl Vcpu {
             self.wait_until_runnable(state)?;
         }
         let (valid, dirty) = (page.valid_regs(), page.dirty_regs());
-        let known = if self.vm.td().is_some() { 0 } else { SYNC_FIELDS };
+        let known = if self.vm.td().is_some() {
+            0
+        } else {
+            SYNC_FIELDS
+        };
         if (valid | dirty) & !known != 0 {
             return Err(Errno::INVAL);
         }
@@ -304,14 +308,21 @@ impl Vcpu {
     /// Makes sure that the processor walks tables that are still the VM's.
     #[inline]
     pub(super) fn load_root(&self, state: &mut VcpuState) -> Result<(), Errno> {
+        let sub_pages = self.vm.protects_sub_pages();
         match &state.root {
-            Some(root) if !root.is_obsolete() => Ok(()),
+            Some(root) if !root.is_obsolete() && state.asks_sub_pages == sub_pages => Ok(()),
             _ => {
                 let bits = cpuid::guest_address_bits(&state.cpuid);
                 let tables = self.vm.tables();
                 let root = tables.load_root(bits).map_err(|_| Errno::NOMEM)?;
+                let sppt = tables.sppt(&root);
                 state.root = Some(root);
                 self.set_second_stage(state);
+                if let Err(error) = state.cpu.set_sppt(sppt) {
+                    // The MMU made the table for this processor.
+                    tracing::error!(%error, "sub-page permissions do not work");
+                }
+                state.asks_sub_pages = sub_pages;
                 Ok(())
             }
         }

@@ -16,6 +16,7 @@ use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use std::mem::offset_of;
 use std::sync::Arc;
+use twofold_abi::spp::{KVM_EXIT_SPP, kvm_spp_exit};
 use twofold_mmu::{DirtyGfn, RingMemory};
 
 /// Bytes in a page.
@@ -229,6 +230,19 @@ impl RunPage {
         page.write(exit!(debug.arch.dr6), dr6);
         page.write(exit!(debug.arch.dr7), dr7);
         self.set_exit_reason(KVM_EXIT_DEBUG);
+    }
+
+    /// `KVM_EXIT_SPP`, whose structure `kvm-bindings` does not know: at the start of the union.
+    pub(crate) fn set_spp(&self, address: u64, instruction_length: u8) {
+        let union = offset_of!(kvm_run, __bindgen_anon_1);
+        let page = &self.0;
+        page.write(union + offset_of!(kvm_spp_exit, addr), address);
+        page.write(
+            union + offset_of!(kvm_spp_exit, insn_len),
+            instruction_length,
+        );
+        page.write_bytes(union + offset_of!(kvm_spp_exit, pad), &[0; 7]);
+        self.set_exit_reason(KVM_EXIT_SPP);
     }
 
     pub(crate) fn set_memory_fault(&self, flags: u64, address: u64, size: u64) {

@@ -17,12 +17,7 @@ impl VcpuState {
     }
 
     /// Makes the vCPU one of the module's: with these registers, and with its local APIC in x2APIC mode.
-    pub(crate) fn start_td(
-        &mut self,
-        td: TdVcpu,
-        registers: &Registers,
-        system: &SystemRegisters,
-    ) {
+    pub(crate) fn start_td(&mut self, td: TdVcpu, registers: &Registers, system: &SystemRegisters) {
         self.td = Some(td);
         self.cpu.set_system_registers(system);
         self.cpu.set_registers(registers);
