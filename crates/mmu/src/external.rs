@@ -20,12 +20,19 @@ pub trait ExternalTables: Send + Sync {
     /// See [`ExternalError`]; the page was not taken.
     fn link_table(&self, gfn: Gfn, level: Level, page: Hpa) -> Result<(), ExternalError>;
 
-    /// Maps the page `hpa` by the empty entry for `gfn` at `level`. (TDH.MEM.PAGE.ADD before the
-    /// TD is finalised, TDH.MEM.PAGE.AUG afterwards.)
+    /// Maps the page `hpa` by the empty entry for `gfn` at `level`: with the content of the page at
+    /// `source`, as [`Mmu::td_add`](crate::Mmu::td_add) was given it (TDH.MEM.PAGE.ADD), or for the
+    /// guest to accept (TDH.MEM.PAGE.AUG).
     ///
     /// # Errors
     /// See [`ExternalError`].
-    fn map_leaf(&self, gfn: Gfn, level: Level, hpa: Hpa) -> Result<(), ExternalError>;
+    fn map_leaf(
+        &self,
+        gfn: Gfn,
+        level: Level,
+        hpa: Hpa,
+        source: Option<u64>,
+    ) -> Result<(), ExternalError>;
 
     /// No new translation is made through the leaf for `gfn` at `level` from now on.
     /// (TDH.MEM.RANGE.BLOCK. Nothing to do for a TD that does not run yet.)

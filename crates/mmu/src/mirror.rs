@@ -187,9 +187,32 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         let (state, mut sections, memory) = reader.parts(self.id);
         state.count(Counter::Taken);
         let gfn = fault.gpa.frame();
-        let outcome = self.private_fault(state, &mut sections, memory, &roots.mirror.state, gfn)?;
+        let root = &roots.mirror.state;
+        let outcome = self.private_fault(state, &mut sections, memory, root, gfn, None)?;
         state.count_outcome(outcome);
         Ok(outcome)
+    }
+
+    /// Adds a page of a TD's initial memory: maps the private page `gfn` with the content of the page
+    /// at `source`, which the owner of the external tables is handed as it is. [`Outcome::Fixed`] is
+    /// what was asked for; with [`Outcome::Spurious`] a page was mapped there before, and nothing was
+    /// added; on [`Outcome::Retry`] the same call may succeed.
+    ///
+    /// # Errors
+    /// See [`FaultError`]; nothing has changed then.
+    ///
+    /// # Panics
+    /// If `reader` belongs to another MMU.
+    pub fn td_add(
+        &self,
+        reader: &mut Reader,
+        roots: &TdRoots,
+        gfn: Gfn,
+        source: u64,
+    ) -> Result<Outcome, FaultError> {
+        let (state, mut sections, memory) = reader.parts(self.id);
+        let root = &roots.mirror.state;
+        self.private_fault(state, &mut sections, memory, root, gfn, Some(source))
     }
 
     /// [`prefault`](Self::prefault) of a VM with a mirror: each page as its attribute says. Fewer
@@ -214,7 +237,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         let end = gfns.end.get().min(gfns.start.get() + PREFAULT_AT_ONCE);
         let mut gfn = gfns.start;
         while gfn.get() < end && self.is_private(gfn) {
-            let result = match self.private_fault(state, &mut sections, memory, root, gfn) {
+            let result = match self.private_fault(state, &mut sections, memory, root, gfn, None) {
                 Ok(Outcome::Fixed { .. } | Outcome::Spurious) => Ok(()),
                 Ok(_) if self.slot_is_changing(&mut sections, gfn) => {
                     Err(PrefaultError::SlotChanges)
@@ -250,6 +273,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         memory: &mut Memory,
         root: &RootState,
         gfn: Gfn,
+        source: Option<u64>,
     ) -> Result<Outcome, FaultError> {
         let (Some(mirror), Some(policy)) = (self.mirror.get(), self.config.private_memory) else {
             return Err(FaultError::WrongKind { private: true });
@@ -271,7 +295,8 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                 Err(error) => return self.not_populated(&known, snapshot, error),
             };
             let pool = &mut memory.pool;
-            match self.map_in_mirror(mirror, sections, pool, root, &known, snapshot, gfn, &page) {
+            let new = NewLeaf { gfn, page, source };
+            match self.map_in_mirror(mirror, sections, pool, root, &known, snapshot, &new) {
                 Ok(Mapped::New) => {
                     state.count_mapped(Level::L4K);
                     return Ok(Outcome::Fixed { level: Level::L4K });
@@ -301,9 +326,9 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         root: &RootState,
         known: &KnownSlot,
         snapshot: Snapshot,
-        gfn: Gfn,
-        page: &HostPage,
+        new: &NewLeaf,
     ) -> Result<Mapped, NotMapped> {
+        let &NewLeaf { gfn, page, source } = new;
         loop {
             let missing = {
                 let section = sections.enter();
@@ -326,9 +351,11 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                         }
                     }
                     if seen.place().height() == Height::LEAF {
-                        let leaf = small_leaf(known, page, root.ad).encode::<F>();
+                        let leaf = small_leaf(known, &page, root.ad).encode::<F>();
                         let frozen = table.freeze(seen).map_err(|_| NotMapped::Raced)?;
-                        mirror.tables.map_leaf(gfn, Level::L4K, page.hpa)?;
+                        mirror
+                            .tables
+                            .map_leaf(gfn, Level::L4K, page.hpa, source)?;
                         frozen.publish(leaf);
                         return Ok(Mapped::New);
                     }
@@ -381,6 +408,14 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         }
         result
     }
+}
+
+/// What a mirror shall map.
+struct NewLeaf {
+    gfn: Gfn,
+    page: HostPage,
+    /// Where the page's content is, if it has any.
+    source: Option<u64>,
 }
 
 /// A private page is mapped.
