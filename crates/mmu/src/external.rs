@@ -76,7 +76,7 @@ pub trait ExternalTables: Send + Sync {
     /// host then.
     fn reclaim_table(&self, page: Hpa);
 
-    /// The page that the entry for `gfn` at `level` has, whatever its state: for
+    /// The page of the leaf for `gfn` at `level`, whatever its state, if there is one: for
     /// [`Mmu::check`](crate::Mmu::check).
     ///
     /// # Errors

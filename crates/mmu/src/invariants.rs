@@ -10,6 +10,7 @@
 //! | 5 no writable leaf above 4K on a slot that logs | [`Rule::LoggedHuge`] |
 //! | 6 no huge leaf where none may be | [`Rule::HugeLeaf`], [`Rule::Address`] |
 //! | 7 tables are freed when nobody sees them | [`Rule::SharedTable`]; the number of tables against the host's is the caller's to compare |
+//! | 8 a mirror has what the external tables have | [`Rule::Mirror`], as far as their owner tells ([`ExternalTables::leaf`](crate::ExternalTables::leaf)) |
 //! | 12 nothing is installed after an invalidation began | [`Rule::NoSlot`], [`Rule::ObsoleteRoot`] for slots and roots; host memory needs the host's word |
 //! | 13 generations grow, and an update in progress is never remembered | [`Rule::Generation`], [`Rule::Mmio`] |
 //! | 15 preparing is not using | needs to know who asked; the model tests do |
@@ -21,11 +22,13 @@
 use crate::filter::Conversion;
 use crate::format::MmuFormat;
 use crate::host::Host;
+use crate::mirror::Mirror;
 use crate::mmu::{Mmu, Writer};
 use crate::region::{ADDRESS_SPACES, RegionFlags};
 use crate::root::{RootRole, RootState};
 use crate::slots::{Slot, SlotInfo, UPDATE_IN_PROGRESS};
-use crate::spte::{self, AdBits, Writable};
+use crate::spte::{self, AdBits, PRIVATE, Writable};
+use crate::tables::Pages;
 use crate::zap::Aftermath;
 use alloc::collections::BTreeSet;
 use alloc::vec::Vec;
@@ -34,7 +37,7 @@ use core::ops::{Deref, DerefMut};
 use spin::MutexGuard;
 use twofold_arch::{Gfn, Gpa, Level, PAGE_SHIFT};
 use twofold_table::x86::ADDRESS_MASK;
-use twofold_table::{Cursor, Entry, Seen};
+use twofold_table::{Cursor, Entry, Seen, Table};
 
 /// Something that must always be true.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -68,6 +71,9 @@ pub enum Rule {
     Mmio,
     /// Slots that overlap, or that the indices know differently.
     Slots,
+    /// An entry of a mirror and the one that it mirrors have different pages; or something private
+    /// is in a root that processors walk although there is a mirror, or the other way round.
+    Mirror,
 }
 
 /// One breach of a [`Rule`].
@@ -138,21 +144,41 @@ impl fmt::Display for Report {
     }
 }
 
+/// How much is compared with what others know.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Depth {
+    /// What is mapped.
+    WhatIsThere,
+    /// What is not mapped, too.
+    Everything,
+}
+
+/// What a look at one entry of a VM with a mirror has found.
+enum Half {
+    Right,
+    Wrong,
+    /// A fault is changing it.
+    Changes,
+}
+
+/// How often entries of a root are read again that faults are changing.
+const PATIENCE: u32 = 1 << 20;
+
 impl<F: MmuFormat, H: Host> Mmu<F, H> {
     /// Looks at every entry below every root and at every slot, and says which of the [`Rule`]s do
     /// not hold. For tests and for the curious: it holds the writers' lock as long as it takes, in
     /// proportion to the number of tables. Faults may go on meanwhile; what they publish obeys the
     /// rules at every moment.
     pub fn check(&self) -> Report {
-        self.check_locked(&mut self.lock())
+        self.check_locked(&mut self.lock(), Depth::Everything)
     }
 
-    pub(crate) fn check_locked(&self, writer: &mut Writer<F>) -> Report {
+    pub(crate) fn check_locked(&self, writer: &mut Writer<F>, depth: Depth) -> Report {
         let mut report = Report::default();
         self.check_slots(writer, &mut report);
         let mut tables = BTreeSet::new();
         for root in &writer.roots {
-            self.check_root(writer, root, &mut tables, &mut report);
+            self.check_root(writer, root, depth, &mut tables, &mut report);
         }
         report.tables = tables.len() as u64;
         writer.releases_to_check = report.tables + report.slots;
@@ -210,9 +236,11 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         &self,
         writer: &Writer<F>,
         root: &RootState,
+        depth: Depth,
         tables: &mut BTreeSet<u64>,
         report: &mut Report,
     ) {
+        let mut patience = PATIENCE;
         let table = self.table_locked(root, writer);
         let mut cursor = Cursor::new(table, Gpa::new(0)..Gpa::new(table.end()));
         let mut count_table = |page: u64, report: &mut Report, gfn| {
@@ -240,6 +268,19 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                     entry: seen.value(),
                 });
             };
+            if let Some(mirror) = self.mirror.get() {
+                match self.check_half(mirror, root, &cursor.table(), &seen, depth) {
+                    Half::Right => {}
+                    Half::Wrong => broken(Rule::Mirror),
+                    Half::Changes if patience > 0 => {
+                        patience -= 1;
+                        self.host().wait_hint();
+                        cursor.again();
+                        continue;
+                    }
+                    Half::Changes => {}
+                }
+            }
             match seen.entry::<F>() {
                 Entry::Empty => continue,
                 Entry::Frozen => broken(Rule::Frozen),
@@ -272,6 +313,47 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                     entry: seen.value(),
                 });
             }
+        }
+    }
+
+    /// Whether an entry of a VM with a mirror is in the right half, and a mirror's like the one that
+    /// it mirrors.
+    fn check_half(
+        &self,
+        mirror: &Mirror,
+        root: &RootState,
+        table: &Table<'_, F, Pages<H>>,
+        seen: &Seen,
+        depth: Depth,
+    ) -> Half {
+        let place = seen.place();
+        let (entry, height) = (seen.entry::<F>(), place.height());
+        let is_private = seen.value() & PRIVATE != 0;
+        if !root.role.mirror {
+            return match entry {
+                Entry::Leaf if is_private => Half::Wrong,
+                _ => Half::Right,
+            };
+        }
+        let ours = match entry {
+            Entry::Empty if depth == Depth::WhatIsThere => return Half::Right,
+            Entry::Empty => None,
+            Entry::Leaf if is_private => Some(F::leaf_address(seen.value(), height)),
+            Entry::Leaf | Entry::Special => return Half::Wrong,
+            Entry::Table(_) => return Half::Right,
+            // A fault takes no lock.
+            Entry::Frozen => return Half::Changes,
+        };
+        let Some(level) = Level::from_number(height.get()) else {
+            return Half::Wrong;
+        };
+        let Ok(theirs) = mirror.tables.leaf(place.gpa().frame(), level) else {
+            return Half::Right;
+        };
+        match theirs == ours {
+            true => Half::Right,
+            false if table.look(*place).value() != seen.value() => Half::Changes,
+            false => Half::Wrong,
         }
     }
 
@@ -421,7 +503,8 @@ impl<F: MmuFormat, H: Host> Locked<'_, F, H> {
             self.writer.releases_to_check = rest;
             return;
         }
-        let report = self.mmu.check_locked(&mut self.writer);
+        let depth = Depth::WhatIsThere;
+        let report = self.mmu.check_locked(&mut self.writer, depth);
         assert!(report.violations.is_empty(), "{report}");
     }
 }

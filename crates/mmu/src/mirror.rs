@@ -58,6 +58,11 @@ impl TdRoots {
         &self.direct
     }
 
+    /// The mirror of the tables that map the private half. Not for a processor.
+    pub const fn mirror(&self) -> &Root {
+        &self.mirror
+    }
+
     /// Whether the MMU has dropped the root of the shared half; a virtual processor must then load
     /// roots again.
     pub fn is_obsolete(&self) -> bool {
@@ -353,9 +358,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                     if seen.place().height() == Height::LEAF {
                         let leaf = small_leaf(known, &page, root.ad).encode::<F>();
                         let frozen = table.freeze(seen).map_err(|_| NotMapped::Raced)?;
-                        mirror
-                            .tables
-                            .map_leaf(gfn, Level::L4K, page.hpa, source)?;
+                        mirror.tables.map_leaf(gfn, Level::L4K, page.hpa, source)?;
                         frozen.publish(leaf);
                         return Ok(Mapped::New);
                     }
