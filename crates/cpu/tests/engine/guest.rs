@@ -8,7 +8,7 @@ const MEMORY: usize = 0x4_0000;
 
 pub(crate) struct Guest {
     pub(crate) cpu: Cpu,
-    arena: Arena,
+    pub(crate) arena: Arena,
 }
 
 impl Guest {

@@ -7,5 +7,6 @@ mod exits;
 mod features;
 mod guest;
 mod modes;
+mod sub_pages;
 #[path = "../support/mod.rs"]
 mod support;

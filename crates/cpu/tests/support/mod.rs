@@ -8,7 +8,7 @@
 // Each user needs only a part.
 
 use std::sync::Arc;
-use twofold_arch::ept::Eptp;
+use twofold_arch::ept::{EptFlags, Eptp};
 use twofold_arch::{Hpa, Level};
 use twofold_cpu::{Cpu, Machine, MachineConfig, SecondStage, Segment};
 
@@ -109,6 +109,26 @@ impl Arena {
         let entry = (HPA + (frame << 12)) | 7 | 6 << 3;
         let place = self.bytes + 0x3000 + frame as usize * 8;
         self.put(place, if present { entry } else { 0 });
+    }
+
+    /// Gives a frame's entry in the second stage these flags, instead of R, W and X. Not for large
+    /// pages.
+    pub(crate) fn set_flags(&mut self, frame: u64, flags: EptFlags) {
+        let entry = (HPA + (frame << 12)) | 6 << 3 | flags.bits();
+        self.put(self.bytes + 0x3000 + frame as usize * 8, entry);
+    }
+
+    /// The flags in a frame's entry.
+    pub(crate) fn flags(&self, frame: u64) -> EptFlags {
+        let place = self.bytes + 0x3000 + frame as usize * 8;
+        // SAFETY: the tables are within the mapping.
+        let entry = unsafe { self.start.add(place).cast::<u64>().read_unaligned() };
+        EptFlags::from_bits_truncate(entry)
+    }
+
+    /// What the tables call a frame of the guest.
+    pub(crate) fn hpa(&self, frame: u64) -> Hpa {
+        Hpa::new(HPA + (frame << 12))
     }
 
     /// Guest memory. The processor must not be running.
