@@ -82,7 +82,8 @@ pub enum Replacement {
 /// - `decode(EMPTY)` is `Empty`, `decode(FROZEN)` is `Frozen`, at every height;
 /// - `decode(table_entry(p))` is `Table(p)` at every height above the leaves;
 /// - `decode(link(..))` is `Frozen`, and `link_target` returns what `link` was given;
-/// - the processor treats empty, frozen and link values as not present.
+/// - the processor treats empty, frozen and link values as not present (in entries that have a
+///   present bit; see [`sppt`](crate::sppt) for one that has none).
 pub trait Format: 'static {
     /// An entry that maps nothing. New tables are filled with it and every zap writes it.
     const EMPTY: u64;

@@ -1,6 +1,7 @@
 //! The laws of [`Format`], checked for every format that the crate has.
 
 use crate::format::{Entry, Format, Height};
+use crate::sppt::Sppt;
 use crate::stage2::{Stage2K4, Stage2K4Lpa2, Stage2K16, Stage2K16Lpa2, Stage2K64};
 use crate::toy::{SHIFT, ToyBreak, ToyDirect};
 use crate::x86::{Ept, Npt};
@@ -54,6 +55,7 @@ fn every_format_obeys_the_laws_that_the_engine_relies_on() {
     .map(Hpa::new);
     check::<Ept>(&x86);
     check::<Npt>(&x86);
+    check::<Sppt>(&x86);
     let stage2 = [0x1_0000, 0x7fff_0000, 0x0000_ffff_ffff_0000].map(Hpa::new);
     check::<Stage2K4>(&stage2);
     check::<Stage2K16>(&stage2);

@@ -18,6 +18,7 @@ pub mod format;
 pub mod retire;
 pub mod section;
 pub mod split;
+pub mod sppt;
 pub mod stage2;
 pub mod storage;
 pub mod sync;
