@@ -290,7 +290,7 @@ fn notice_leaf<F: MmuFormat, S: Storage>(
         return Ok(());
     };
     let new = match spte::writable::<F>(entry) {
-        Some(Writable::Yes) => {
+        Some(Writable::Yes | Writable::SubPages) => {
             let new = spte::noticing_writes::<F>(entry, level, pml);
             if new == entry {
                 return Ok(());

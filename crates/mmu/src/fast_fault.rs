@@ -8,7 +8,7 @@ use crate::reader::{Counter, KnownSlot, Memory, ReaderState, Sections};
 use crate::region::RegionFlags;
 use crate::root::RootState;
 use crate::slots::SlotTree;
-use crate::spte::{self, AdBits, Writable};
+use crate::spte::{self, AdBits, PRIVATE, Writable};
 use crate::{Fault, Outcome};
 use twofold_arch::{Level, Pferr};
 use twofold_table::{Entry, Height};
@@ -114,7 +114,12 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             if level != Level::L4K && known.info.flags.contains(RegionFlags::LOG_DIRTY) {
                 return Restored::NotHere;
             }
-            new = spte::with_write::<F>(new);
+            let guarded = new & PRIVATE == 0 && self.guards(known.info.as_id, gfn, level);
+            // So is one that has become too large.
+            if guarded && level != Level::L4K {
+                return Restored::NotHere;
+            }
+            new = spte::with_write::<F>(new, guarded);
         }
         if !spte::allows::<F>(new, fault.error) {
             return Restored::NotHere;

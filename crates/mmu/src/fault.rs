@@ -135,6 +135,9 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     ) -> Result<Outcome, FaultError> {
         let error = fault.error;
         let gfn = fault.gpa.frame();
+        if self.denies(root.role.as_id(), fault) {
+            return Ok(Outcome::SubPageDenied);
+        }
         if (error.intersects(Pferr::RSVD.union(Pferr::PRESENT)) || root.ad == AdBits::Off)
             && let Some(outcome) = self.fast_fault(state, sections, memory, root, fault)
         {

@@ -21,6 +21,9 @@ pub trait MmuFormat: Format {
     const DIRTY: u64;
     /// A leaf above the last level.
     const LARGE: u64;
+    /// Writes that W forbids are looked up in the sub-page permission table, in a leaf of 4K; 0 if
+    /// processors of this format have none.
+    const SUB_PAGE_WRITE: u64;
     /// Software: the host's page is writable.
     const HOST_WRITABLE: u64;
     /// Software: the MMU allows writes; W may be given back without asking anyone.
@@ -53,6 +56,7 @@ impl MmuFormat for Ept {
     const ACCESSED: u64 = EptFlags::ACCESSED.bits();
     const DIRTY: u64 = EptFlags::DIRTY.bits();
     const LARGE: u64 = EptFlags::LARGE.bits();
+    const SUB_PAGE_WRITE: u64 = EptFlags::SUB_PAGE_WRITE.bits();
     const HOST_WRITABLE: u64 = 1 << 57;
     const MMU_WRITABLE: u64 = 1 << 58;
     const READ: u64 = EptFlags::READ.bits();
@@ -76,6 +80,7 @@ impl MmuFormat for Npt {
     const ACCESSED: u64 = NptFlags::ACCESSED.bits();
     const DIRTY: u64 = NptFlags::DIRTY.bits();
     const LARGE: u64 = NptFlags::LARGE.bits();
+    const SUB_PAGE_WRITE: u64 = 0;
     const HOST_WRITABLE: u64 = 1 << 9;
     const MMU_WRITABLE: u64 = 1 << 10;
     const READ: u64 = NptFlags::PRESENT.bits();

@@ -74,6 +74,10 @@ pub enum Rule {
     /// An entry of a mirror and the one that it mirrors have different pages; or something private
     /// is in a root that processors walk although there is a mirror, or the other way round.
     Mirror,
+    /// A leaf that allows more than the access maps of the frames that it covers, or asks the
+    /// sub-page permission table where nothing is protected; or a vector of that table that is not
+    /// the frame's map.
+    SubPages,
 }
 
 /// One breach of a [`Rule`].
@@ -122,7 +126,7 @@ impl Report {
     /// More violations than this are not listed.
     pub const MOST: usize = 32;
 
-    fn add(&mut self, violation: Violation) {
+    pub(crate) fn add(&mut self, violation: Violation) {
         if self.violations.len() < Self::MOST {
             self.violations.push(violation);
         }
@@ -179,6 +183,9 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         let mut tables = BTreeSet::new();
         for root in &writer.roots {
             self.check_root(writer, root, depth, &mut tables, &mut report);
+        }
+        for as_id in 0..ADDRESS_SPACES as u16 {
+            self.check_sppt(writer, as_id, &mut tables, &mut report);
         }
         report.tables = tables.len() as u64;
         writer.releases_to_check = report.tables + report.slots;
@@ -381,7 +388,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         gfn: Gfn,
         seen: &Seen,
     ) -> impl Iterator<Item = Rule> + use<F, H> {
-        let mut broken = [None; 6];
+        let mut broken = [None; 7];
         let (entry, height) = (seen.value(), seen.place().height());
         let level = Level::from_number(height.get()).filter(|level| level.may_map());
         if level.is_none_or(|level| entry & ADDRESS_MASK & (level.bytes() - 1) != 0) {
@@ -399,7 +406,10 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         // While logging begins, the leaves follow part by part.
         let begins = writer.begins_to_log == Some((slot.info.as_id, slot.info.id));
         let logs = slot.info.flags.contains(RegionFlags::LOG_DIRTY) && !begins;
-        let writes = writable == Some(Writable::Yes);
+        let writes = writable.is_some_and(Writable::allows_any);
+        if !self.obeys_access_map(as_id, gfn, level, entry) {
+            broken[6] = Some(Rule::SubPages);
+        }
         if level != Level::L4K
             && !(may_be_huge(&slot.info, gfn, level) && self.is_of_one_kind(gfn, level))
         {

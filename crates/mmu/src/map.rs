@@ -60,6 +60,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             || !known.hint.is_of(space.generation())
             || root.is_obsolete()
             || !self.kind_stands(known, gfn, Level::L4K)
+            || self.guards(known.info.as_id, gfn, Level::L4K)
         {
             return None;
         }
@@ -74,7 +75,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             return None;
         }
         table
-            .install(seen, small_leaf(known, page, root.ad).encode::<F>())
+            .install(seen, small_leaf(known, page, root.ad, false).encode::<F>())
             .ok()?;
         if remembered.is_none() {
             *leaf_table = Some(Self::remember(root.table, seen.place(), fault.gpa, epoch));
@@ -184,6 +185,10 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         if root.is_obsolete() {
             return Attempt::Done(Outcome::ObsoleteRoot);
         }
+        let guarded = !known.is_private() && self.guards(known.info.as_id, gfn, level);
+        if guarded && level != Level::L4K {
+            return Attempt::Smaller;
+        }
         let table = self.table_in(root, &section);
         if fault.gpa.get() >= table.end() {
             return Attempt::Done(Outcome::Mmio);
@@ -192,9 +197,9 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             hpa: Hpa::new(page.hpa.get() & !(level.bytes() - 1)),
             level,
             executable: level == Level::L4K || !self.nx_huge_pages(),
-            ..small_leaf(known, &page, root.ad)
+            ..small_leaf(known, &page, root.ad, guarded)
         };
-        let writable = leaf.writable == Writable::Yes;
+        let writable = leaf.writable.allows_any();
         let epoch = self.epoch(&section);
         let target = Height::from(level);
         let remembered = match level {
@@ -221,7 +226,8 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             Entry::Leaf if seen.place().height() > target => {
                 let height = seen.place().height();
                 let marked = height <= Height::from(mark);
-                let split = self.split_for_fault(&table, seen, marked, memory);
+                let as_id = root.role.as_id();
+                let split = self.split_for_fault(as_id, &table, seen, marked, memory);
                 drop(section);
                 if marked && split.is_ok() {
                     self.remember_marked(root.role, height, gfn);
@@ -305,13 +311,15 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     #[inline(never)]
     fn split_for_fault(
         &self,
+        as_id: u16,
         table: &Table<'_, F, Pages<H>>,
         seen: Seen,
         marked: bool,
         memory: &mut Memory,
     ) -> Result<(), BuildError> {
         let mark = if marked { NX_SPLIT } else { 0 };
-        self.split_leaf(table, seen, mark, self.nx_huge_pages(), &mut memory.pool)
+        let executable = self.nx_huge_pages();
+        self.split_leaf(as_id, table, seen, mark, executable, &mut memory.pool)
     }
 
     /// Smaller leaves are there than the one that is wanted now: it takes their place, with what
@@ -376,9 +384,9 @@ pub(crate) fn entry<F: MmuFormat>(known: &KnownSlot, leaf: Leaf) -> u64 {
     }
 }
 
-/// The leaf for a 4K page of a slot.
+/// The leaf for a 4K page of a slot; `guarded` if the frame's sub-pages are protected.
 #[inline(always)]
-pub(crate) fn small_leaf(known: &KnownSlot, page: &HostPage, ad: AdBits) -> Leaf {
+pub(crate) fn small_leaf(known: &KnownSlot, page: &HostPage, ad: AdBits, guarded: bool) -> Leaf {
     let slot = &known.info;
     let writable = page.writable && !slot.flags.contains(RegionFlags::READONLY);
     Leaf {
@@ -390,7 +398,7 @@ pub(crate) fn small_leaf(known: &KnownSlot, page: &HostPage, ad: AdBits) -> Leaf
             true if known.prepared && slot.flags.contains(RegionFlags::LOG_DIRTY) => {
                 Writable::Logged
             }
-            true => Writable::Yes,
+            true => Writable::guarded(guarded),
         },
         executable: true,
         accessed: !known.prepared,

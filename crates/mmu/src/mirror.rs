@@ -356,7 +356,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                         }
                     }
                     if seen.place().height() == Height::LEAF {
-                        let leaf = small_leaf(known, &page, root.ad).encode::<F>();
+                        let leaf = small_leaf(known, &page, root.ad, false).encode::<F>();
                         let frozen = table.freeze(seen).map_err(|_| NotMapped::Raced)?;
                         mirror.tables.map_leaf(gfn, Level::L4K, page.hpa, source)?;
                         frozen.publish(leaf);

@@ -17,6 +17,7 @@ use crate::region::ADDRESS_SPACES;
 use crate::root::{Root, RootRole, RootState};
 use crate::slots::{AddressSpace, HvaIndex, SlotInfo, UPDATE_IN_PROGRESS};
 use crate::stats::Stats;
+use crate::sub_pages::SubPages;
 use crate::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use crate::tables::{Access, Pages};
 use crate::zap::Retired;
@@ -88,6 +89,7 @@ pub struct Mmu<F: MmuFormat, H: Host> {
     pub(crate) spaces: [AddressSpace; ADDRESS_SPACES],
     pub(crate) invalidation: Invalidation,
     pub(crate) attributes: Attributes,
+    pub(crate) sub_pages: SubPages,
     /// Raised whenever tables have been unlinked.
     pub(crate) unlinked: AtomicU64,
     pub(crate) mmio: Option<MmioEncoding>,
@@ -159,6 +161,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             spaces: core::array::from_fn(AddressSpace::new),
             invalidation: Invalidation::new(),
             attributes: Attributes::new(config.maxphyaddr),
+            sub_pages: SubPages::new(config.maxphyaddr),
             unlinked: AtomicU64::new(0),
             mmio: MmioEncoding::new::<F>(config.maxphyaddr, config.mmio),
             mirror: Once::new(),
@@ -356,6 +359,7 @@ impl<F: MmuFormat, H: Host> Drop for Mmu<F, H> {
     fn drop(&mut self) {
         // Nobody calls any more, so nothing has to be waited for; but virtual processors may still
         // hold translations until the flush that the debt asks for.
+        let sppts = self.sub_pages.take_roots();
         let mut writer = self.lock();
         self.sweep_readers(&mut writer);
         let mut debt = Debt::none();
@@ -365,6 +369,7 @@ impl<F: MmuFormat, H: Host> Drop for Mmu<F, H> {
             self.table_locked(root, &writer).retire_root(&mut debt);
         }
         self.pay(&writer, debt);
+        self.give_back_sppts(&writer, sppts);
         let _readers = self.synchronize(&mut writer);
         for reader in writer.readers.drain(..) {
             reader.left().lock().drain(self.host());

@@ -14,8 +14,8 @@ const HUGE: [Level; 2] = [Level::L1G, Level::L2M];
 
 impl<F: MmuFormat, H: Host> Mmu<F, H> {
     /// Whether a leaf at `level` around `gfn`, a frame of `slot`, may exist at all: the slot holds
-    /// all of it, guest and host addresses are congruent, and it does not mix shared and private
-    /// memory. Whatever forbids huge leaves for longer than one fault is asked here and nowhere
+    /// all of it, guest and host addresses are congruent, it does not mix shared and private
+    /// memory, and no frame's sub-pages are protected. Whatever forbids huge leaves for longer than one fault is asked here and nowhere
     /// else.
     pub(crate) fn may_be_huge(&self, slot: &SlotInfo, gfn: Gfn, level: Level) -> bool {
         let frames = level.frames();
@@ -24,6 +24,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             && first.get() + frames <= slot.end().get()
             && (slot.hva_of(gfn) >> PAGE_SHIFT) & (frames - 1) == gfn.get() - first.get()
             && (self.config.private_memory.is_none() || self.attributes.is_uniform(gfn, level))
+            && !self.guards(slot.as_id, gfn, level)
     }
 
     /// The largest level at which `gfn` may be mapped now as far as the slot is concerned. A slot

@@ -245,11 +245,21 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                 return Err(PrefaultError::ObsoleteRoot);
             }
             // What all of them have in common; 4K pages may be executed in any case.
-            let read_only = bits::<F>(known, root, false);
-            let writable = bits::<F>(known, root, true);
+            let read_only = bits::<F>(known, root, false, false);
+            let writable = bits::<F>(known, root, true, false);
+            let guarded = bits::<F>(known, root, true, true);
+            let as_id = known.info.as_id;
+            let may_guard = !known.is_private();
             let leaf = |gpa: Gpa| {
                 let number = gpa.frame().get().wrapping_sub(first.get()) as usize;
                 match pages.get(number) {
+                    Some(page)
+                        if page.writable
+                            && may_guard
+                            && self.guards(as_id, gpa.frame(), Level::L4K) =>
+                    {
+                        page.hpa.get() | guarded
+                    }
                     Some(page) if page.writable => page.hpa.get() | writable,
                     Some(page) => page.hpa.get() | read_only,
                     None => F::EMPTY,
@@ -332,10 +342,10 @@ const NO_PAGE: HostPage = HostPage {
 };
 
 /// A small leaf without its address.
-fn bits<F: MmuFormat>(known: &KnownSlot, root: &RootState, writable: bool) -> u64 {
+fn bits<F: MmuFormat>(known: &KnownSlot, root: &RootState, writable: bool, guarded: bool) -> u64 {
     let page = HostPage {
         writable,
         ..NO_PAGE
     };
-    map::entry::<F>(known, small_leaf(known, &page, root.ad))
+    map::entry::<F>(known, small_leaf(known, &page, root.ad, guarded))
 }

@@ -297,6 +297,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             self.zap_gfns(writer, &operation, &mut debt);
             self.pay(writer, debt);
         }
+        self.forget_sub_pages(writer, old.as_id, &(old.base..old.end()));
         space.tree.remove(old.base, &mut writer.garbage);
         if let Some(id) =
             writer.ids[usize::from(old.as_id) % ADDRESS_SPACES].get_mut(usize::from(old.id))

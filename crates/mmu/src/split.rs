@@ -10,6 +10,7 @@ use crate::host::Host;
 use crate::mmu::Mmu;
 use crate::page_size::smaller_leaf;
 use crate::root::RootState;
+use crate::spte::{self, PRIVATE};
 use crate::sync::atomic::Ordering;
 use crate::tables::{Pages, Pool};
 use alloc::sync::Arc;
@@ -20,9 +21,11 @@ use twofold_table::{BuildError, Cursor, Entry, Height, PageSource, Seen, Table};
 
 impl<F: MmuFormat, H: Host> Mmu<F, H> {
     /// Splits the huge leaf `seen` into leaves one level smaller. `mark` goes into the entry of the
-    /// new table; `executable` gives 4K leaves the right to be executed.
+    /// new table; `executable` gives 4K leaves the right to be executed. 4K leaves of the address
+    /// space `as_id` obey the sub-pages' protection.
     pub(crate) fn split_leaf(
         &self,
+        as_id: u16,
         table: &Table<'_, F, Pages<H>>,
         seen: Seen,
         mark: u64,
@@ -41,8 +44,18 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         };
         let first = smaller_leaf::<F>(seen.value(), to, executable);
         let start = place.gpa().get();
+        let may_guard = to == Level::L4K && first & PRIVATE == 0;
+        let child = |gpa: Gpa| {
+            let guarded = may_guard && self.guards(as_id, gpa.frame(), to);
+            let leaf = first + (gpa.get() - start);
+            if guarded {
+                spte::guarded::<F>(leaf, guarded)
+            } else {
+                leaf
+            }
+        };
         // Formats of this crate are replaced in one exchange, without a flush in between.
-        table.split(seen, |gpa| first + (gpa.get() - start), mark, pages, |_| {})?;
+        table.split(seen, child, mark, pages, |_| {})?;
         self.count_resized(to, 1 << F::INDEX_BITS, from);
         Ok(())
     }
@@ -101,7 +114,9 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                 // Only small leaves below.
                 Entry::Table(_) if height == Height::from(Level::L2M) => cursor.skip(),
                 Entry::Leaf if height > Height::LEAF => {
-                    match self.split_leaf(&cursor.table(), seen, 0, self.nx_huge_pages(), pages) {
+                    let as_id = root.role.as_id();
+                    let executable = self.nx_huge_pages();
+                    match self.split_leaf(as_id, &cursor.table(), seen, 0, executable, pages) {
                         // Read it again: a table now, with leaves to split or not.
                         Ok(()) | Err(BuildError::Raced) => cursor.again(),
                         Err(BuildError::OutOfPages) => return Some(seen.place().gpa()),

@@ -9,12 +9,18 @@
 //! | 54, 56 | R and X that access tracking took away | – |
 //! | 55 | private | private |
 //! | 57, 58 | host-writable, MMU-writable | – |
+//! | 61 | writes are judged by the sub-page's permission | – |
 //! | 63 | suppress #VE, in every entry but MMIO | NX in a present entry; set in an empty one |
 //!
 //! Whether a leaf may be written has three parts (SPEC 4.5): the host allows it, the MMU allows it,
 //! and W itself. W without MMU-writable, or MMU-writable without host-writable, never exists. A leaf
 //! that is MMU-writable but lacks W was protected for dirty logging, or lost its permissions to
 //! access tracking; W may be given back with one exchange and without asking the host.
+//!
+//! The leaf of a frame whose sub-pages are protected ([`sub_pages`](crate::sub_pages)) never has W.
+//! Bit 61 stands in its place, and comes and goes as W does: where it is clear a write faults, where
+//! it is set the processor asks the sub-page permission table. So what a leaf that lacks both
+//! gets back is not in the leaf: the frame's protection decides.
 
 use crate::format::MmuFormat;
 use twofold_arch::{Hpa, Level, Pferr};
@@ -35,10 +41,29 @@ pub enum Writable {
     ReadOnly,
     /// The host would allow writes, the MMU does not.
     Protected,
-    /// W is clear until the next write, so that the write is noticed.
+    /// W, or what stands in its place, is clear until the next write, so that the write is noticed.
     Logged,
     /// The guest may write.
     Yes,
+    /// The guest may write those sub-pages that the frame's access map allows. Only in a leaf of 4K.
+    SubPages,
+}
+
+impl Writable {
+    /// How a frame is writable that may be written at all.
+    #[inline(always)]
+    pub const fn guarded(guarded: bool) -> Self {
+        match guarded {
+            true => Self::SubPages,
+            false => Self::Yes,
+        }
+    }
+
+    /// Whether there is a write that the processor carries out without asking anyone.
+    #[inline(always)]
+    pub const fn allows_any(self) -> bool {
+        matches!(self, Self::Yes | Self::SubPages)
+    }
 }
 
 /// What is known of a page's use from its leaf: bits 53:52.
@@ -93,7 +118,10 @@ impl Leaf {
             Writable::ReadOnly => 0,
             Writable::Protected => F::HOST_WRITABLE,
             Writable::Logged => F::HOST_WRITABLE | F::MMU_WRITABLE,
-            Writable::Yes => F::HOST_WRITABLE | F::MMU_WRITABLE | write_bits::<F>(self.ad),
+            Writable::Yes => F::HOST_WRITABLE | F::MMU_WRITABLE | write_bits::<F>(self.ad, false),
+            Writable::SubPages => {
+                F::HOST_WRITABLE | F::MMU_WRITABLE | write_bits::<F>(self.ad, true)
+            }
         };
         if self.private {
             entry |= PRIVATE;
@@ -105,13 +133,24 @@ impl Leaf {
     }
 }
 
-/// W, and D where it means something.
+/// W or, in the leaf of a frame that is `guarded`, what stands in its place; and D where it means
+/// something.
 #[inline(always)]
-fn write_bits<F: MmuFormat>(ad: AdBits) -> u64 {
+fn write_bits<F: MmuFormat>(ad: AdBits, guarded: bool) -> u64 {
+    let write = match guarded {
+        true => F::SUB_PAGE_WRITE,
+        false => F::WRITE,
+    };
     match ad {
-        AdBits::Off => F::WRITE,
-        AdBits::Hardware | AdBits::WriteProtect => F::WRITE | F::DIRTY,
+        AdBits::Off => write,
+        AdBits::Hardware | AdBits::WriteProtect => write | F::DIRTY,
     }
+}
+
+/// Whether the leaf `entry` has the bit that stands in W's place.
+#[inline(always)]
+pub const fn has_sub_pages<F: MmuFormat>(entry: u64) -> bool {
+    entry & F::SUB_PAGE_WRITE != 0
 }
 
 /// How the use of the leaf `entry` is tracked.
@@ -127,20 +166,24 @@ pub fn ad_bits(entry: u64) -> AdBits {
 /// Whether and why the leaf `entry` is writable, or `None` for a combination that never exists.
 pub fn writable<F: MmuFormat>(entry: u64) -> Option<Writable> {
     let has = |bit| entry & bit != 0;
-    match (has(F::HOST_WRITABLE), has(F::MMU_WRITABLE), has(F::WRITE)) {
-        (false, false, false) => Some(Writable::ReadOnly),
-        (true, false, false) => Some(Writable::Protected),
-        (true, true, false) => Some(Writable::Logged),
-        (true, true, true) => Some(Writable::Yes),
+    let write = (has(F::WRITE), has_sub_pages::<F>(entry));
+    match (has(F::HOST_WRITABLE), has(F::MMU_WRITABLE), write) {
+        (false, false, (false, false)) => Some(Writable::ReadOnly),
+        (true, false, (false, false)) => Some(Writable::Protected),
+        (true, true, (false, false)) => Some(Writable::Logged),
+        (true, true, (true, false)) => Some(Writable::Yes),
+        (true, true, (false, true)) => Some(Writable::SubPages),
         _ => None,
     }
 }
 
-/// Whether the leaf `entry` allows the access that `error` describes.
+/// Whether the leaf `entry` allows the access that `error` describes. A write to a frame whose
+/// sub-pages are protected: as far as the leaf is concerned.
 #[inline]
 pub fn allows<F: MmuFormat>(entry: u64, error: Pferr) -> bool {
     if error.is_write() {
-        entry & F::WRITE != 0
+        // Access tracking leaves the bit that stands in W's place, which means nothing without R.
+        entry & F::WRITE != 0 || has_sub_pages::<F>(entry) && entry & F::READ != 0
     } else if error.is_fetch() {
         entry & F::EXECUTE == F::EXECUTE && entry & F::NO_EXECUTE == 0
     } else {
@@ -148,16 +191,29 @@ pub fn allows<F: MmuFormat>(entry: u64, error: Pferr) -> bool {
     }
 }
 
-/// The leaf `entry` with W given back after it was taken away to notice the next write.
+/// The leaf `entry` with W, or what stands in its place if the frame is `guarded`, given back after
+/// it was taken away to notice the next write.
 #[inline]
-pub fn with_write<F: MmuFormat>(entry: u64) -> u64 {
-    entry | write_bits::<F>(ad_bits(entry))
+pub fn with_write<F: MmuFormat>(entry: u64, guarded: bool) -> u64 {
+    entry | write_bits::<F>(ad_bits(entry), guarded)
 }
 
-/// The leaf `entry` without W, so that the next write is noticed.
+/// The leaf `entry` without W and without what stands in its place, so that the next write is
+/// noticed.
 #[inline]
 pub fn without_write<F: MmuFormat>(entry: u64) -> u64 {
-    entry & !F::WRITE
+    entry & !(F::WRITE | F::SUB_PAGE_WRITE)
+}
+
+/// The leaf `entry`, of 4K, as it has to be for a frame that is `guarded` now, or is not: W gives way
+/// to what stands in its place; where that is no longer wanted, the next write fetches W.
+#[inline]
+pub fn guarded<F: MmuFormat>(entry: u64, guarded: bool) -> u64 {
+    match guarded {
+        true if entry & F::WRITE != 0 => entry & !F::WRITE | F::SUB_PAGE_WRITE,
+        false => entry & !F::SUB_PAGE_WRITE,
+        true => entry,
+    }
 }
 
 /// The leaf `entry` at `level` changed so that the next write to it is noticed: by the processor's
@@ -225,28 +281,35 @@ mod tests {
     use twofold_arch::npt::{self, NptCaps, NptEntry, NptFlags};
     use twofold_table::{Entry, Height};
 
-    const WRITABLE: [Writable; 4] = [
+    const WRITABLE: [Writable; 5] = [
         Writable::ReadOnly,
         Writable::Protected,
         Writable::Logged,
         Writable::Yes,
+        Writable::SubPages,
     ];
     const LEVELS: [Level; 3] = [Level::L4K, Level::L2M, Level::L1G];
 
     /// Every leaf that is built for a format whose processors may have these kinds of A and D bits.
-    fn every_leaf(kinds: &[AdBits]) -> Vec<Leaf> {
+    fn every_leaf<F: MmuFormat>(kinds: &[AdBits]) -> Vec<Leaf> {
         let mut leaves = Vec::new();
         for level in LEVELS {
-            for bits in 0..4 * 8 {
-                leaves.extend(kinds.iter().map(|&ad| Leaf {
-                    hpa: Hpa::new(0x0007_ffff_c000_0000 & !(level.bytes() - 1)),
-                    level,
-                    writable: WRITABLE[bits & 3],
-                    executable: bits & 4 != 0,
-                    accessed: bits & 8 != 0,
-                    private: bits & 16 != 0,
-                    ad,
-                }));
+            for writable in WRITABLE {
+                if writable == Writable::SubPages && (level != Level::L4K || F::SUB_PAGE_WRITE == 0)
+                {
+                    continue;
+                }
+                for bits in 0..8 {
+                    leaves.extend(kinds.iter().map(|&ad| Leaf {
+                        hpa: Hpa::new(0x0007_ffff_c000_0000 & !(level.bytes() - 1)),
+                        level,
+                        writable,
+                        executable: bits & 1 != 0,
+                        accessed: bits & 2 != 0,
+                        private: bits & 4 != 0,
+                        ad,
+                    }));
+                }
             }
         }
         leaves
@@ -257,7 +320,7 @@ mod tests {
 
     #[test]
     fn an_intel_processor_reads_from_each_leaf_what_was_meant() {
-        for leaf in every_leaf(&EPT_KINDS) {
+        for leaf in every_leaf::<Ept>(&EPT_KINDS) {
             let entry = leaf.encode::<Ept>();
             let decoded = ept::decode(entry, leaf.level, EptCaps::full(51));
             if !leaf.accessed && leaf.ad == AdBits::Off {
@@ -284,8 +347,12 @@ mod tests {
                 leaf.writable == Writable::Yes
             );
             assert_eq!(
+                flags.contains(EptFlags::SUB_PAGE_WRITE),
+                leaf.writable == Writable::SubPages
+            );
+            assert_eq!(
                 flags.contains(EptFlags::DIRTY),
-                leaf.writable == Writable::Yes && has_flags
+                leaf.writable.allows_any() && has_flags
             );
             assert_eq!(flags.contains(EptFlags::EXECUTE), leaf.executable);
             assert_eq!(
@@ -293,13 +360,12 @@ mod tests {
                 leaf.accessed && has_flags
             );
             assert_eq!(flags.contains(EptFlags::LARGE), leaf.level != Level::L4K);
-            assert!(!flags.contains(EptFlags::SUB_PAGE_WRITE));
         }
     }
 
     #[test]
     fn an_amd_processor_reads_from_each_leaf_what_was_meant() {
-        for leaf in every_leaf(&NPT_KINDS) {
+        for leaf in every_leaf::<Npt>(&NPT_KINDS) {
             let entry = leaf.encode::<Npt>();
             let NptEntry::Leaf { hpa, flags } = npt::decode(entry, leaf.level, NptCaps::full(51))
             else {
@@ -322,7 +388,7 @@ mod tests {
     }
 
     fn the_engine_and_the_states_agree<F: MmuFormat>(kinds: &[AdBits]) {
-        for leaf in every_leaf(kinds) {
+        for leaf in every_leaf::<F>(kinds) {
             let built = leaf.encode::<F>();
             let height = Height::from(leaf.level);
             assert_eq!(F::decode(built, height), Entry::Leaf);
@@ -332,20 +398,18 @@ mod tests {
             assert_eq!(is_young::<F>(built), leaf.accessed);
             // What an access that only tracking prevents finds.
             let mut entry = used::<F>(built);
-            if leaf.writable == Writable::Yes {
-                entry = with_write::<F>(entry);
+            let guards = leaf.writable == Writable::SubPages;
+            if leaf.writable.allows_any() {
+                entry = with_write::<F>(entry, guards);
             }
             assert_eq!(writable::<F>(entry), Some(leaf.writable));
             assert!(allows::<F>(entry, Pferr::USER));
-            assert_eq!(
-                allows::<F>(entry, Pferr::WRITE),
-                leaf.writable == Writable::Yes
-            );
+            assert_eq!(allows::<F>(entry, Pferr::WRITE), leaf.writable.allows_any());
             assert_eq!(allows::<F>(entry, Pferr::FETCH), leaf.executable);
-            if leaf.writable == Writable::Yes {
+            if leaf.writable.allows_any() {
                 let protected = without_write::<F>(entry);
                 assert_eq!(writable::<F>(protected), Some(Writable::Logged));
-                assert_eq!(with_write::<F>(protected), entry);
+                assert_eq!(with_write::<F>(protected, guards), entry);
             }
         }
     }
@@ -356,10 +420,10 @@ mod tests {
         the_engine_and_the_states_agree::<Npt>(&NPT_KINDS);
     }
 
-    /// Whatever is done to a leaf, in whatever order, its writable state stays one of the four.
+    /// Whatever is done to a leaf, in whatever order, its writable state stays one of the five.
     fn every_change_keeps_a_legal_state<F: MmuFormat>(kinds: &[AdBits]) {
         let mut seen = alloc::collections::BTreeSet::new();
-        let mut unvisited: Vec<(u64, Level)> = every_leaf(kinds)
+        let mut unvisited: Vec<(u64, Level)> = every_leaf::<F>(kinds)
             .into_iter()
             .map(|leaf| (leaf.encode::<F>(), leaf.level))
             .collect();
@@ -372,12 +436,18 @@ mod tests {
             let mut next = Vec::from([unused::<F>(entry), used::<F>(entry)]);
             next.extend([false, true].map(|pml| noticing_writes::<F>(entry, level, pml)));
             if state == Some(Writable::Logged) && !is_access_tracked::<F>(entry) {
-                next.push(with_write::<F>(entry));
+                next.push(with_write::<F>(entry, false));
+            }
+            if level == Level::L4K && F::SUB_PAGE_WRITE != 0 {
+                next.extend([false, true].map(|on| guarded::<F>(entry, on)));
+                if state == Some(Writable::Logged) && !is_access_tracked::<F>(entry) {
+                    next.push(with_write::<F>(entry, true));
+                }
             }
             // The processor's part.
             if entry & F::READ != 0 && ad_bits(entry) != AdBits::Off {
                 next.push(entry | F::ACCESSED);
-                if entry & F::WRITE != 0 {
+                if entry & (F::WRITE | F::SUB_PAGE_WRITE) != 0 {
                     next.push(entry | F::ACCESSED | F::DIRTY);
                 }
             }
@@ -396,14 +466,14 @@ mod tests {
     }
 
     #[test]
-    fn only_the_four_writable_states_ever_appear() {
+    fn only_the_five_writable_states_ever_appear() {
         every_change_keeps_a_legal_state::<Ept>(&EPT_KINDS);
         every_change_keeps_a_legal_state::<Npt>(&NPT_KINDS);
     }
 
     #[test]
     fn access_tracking_takes_every_permission_and_gives_back_all_but_write() {
-        for leaf in every_leaf(&[AdBits::Off])
+        for leaf in every_leaf::<Ept>(&[AdBits::Off])
             .into_iter()
             .filter(|leaf| leaf.accessed)
         {
@@ -417,13 +487,13 @@ mod tests {
             }
             // Bits 54 and 56: SPEC 4.3.
             assert_eq!(tracked >> 54 & 5, 1 | u64::from(leaf.executable) << 2);
-            assert_eq!(used::<Ept>(tracked), without_write::<Ept>(entry));
+            assert_eq!(used::<Ept>(tracked), entry & !Ept::WRITE);
         }
     }
 
     #[test]
     fn a_leaf_with_accessed_bits_only_loses_its_bit() {
-        for leaf in every_leaf(&NPT_KINDS) {
+        for leaf in every_leaf::<Npt>(&NPT_KINDS) {
             let (ept, npt) = (leaf.encode::<Ept>(), leaf.encode::<Npt>());
             assert_eq!(unused::<Ept>(ept), ept & !Ept::ACCESSED);
             assert_eq!(unused::<Npt>(npt), npt & !Npt::ACCESSED);
@@ -456,12 +526,63 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_frame_that_becomes_guarded_trades_write_for_the_sub_page_bit_and_never_gets_write_back() {
+        for leaf in every_leaf::<Ept>(&EPT_KINDS) {
+            if leaf.level != Level::L4K {
+                continue;
+            }
+            let entry = leaf.encode::<Ept>();
+            let (on, off) = (guarded::<Ept>(entry, true), guarded::<Ept>(entry, false));
+            assert_eq!(on & Ept::WRITE, 0);
+            assert_eq!(
+                guarded::<Ept>(on, false) & (Ept::WRITE | Ept::SUB_PAGE_WRITE),
+                0
+            );
+            assert_eq!(off & Ept::SUB_PAGE_WRITE, 0);
+            if writable::<Ept>(entry) == Some(Writable::Yes) {
+                assert_eq!(writable::<Ept>(on), Some(Writable::SubPages));
+            } else {
+                assert_eq!(on, entry);
+            }
+            if leaf.writable == Writable::SubPages {
+                assert_eq!(writable::<Ept>(off), Some(Writable::Logged));
+            } else {
+                assert_eq!(off, entry);
+            }
+        }
+    }
+
+    #[test]
+    fn a_guarded_leaf_is_logged_by_its_dirty_bit_or_loses_the_sub_page_bit() {
+        let entry = Leaf {
+            hpa: Hpa::new(0x4000_0000),
+            level: Level::L4K,
+            writable: Writable::SubPages,
+            executable: true,
+            accessed: true,
+            private: false,
+            ad: AdBits::Hardware,
+        }
+        .encode::<Ept>();
+        let noticed = |pml| noticing_writes::<Ept>(entry, Level::L4K, pml);
+        assert_eq!(noticed(true), entry & !Ept::DIRTY);
+        assert_eq!(noticed(false), entry & !Ept::SUB_PAGE_WRITE);
+        assert_eq!(with_write::<Ept>(noticed(false), true), entry);
+    }
+
     fn impossible_states_are_named<F: MmuFormat>() {
         let leaf = F::LEAF | MMU_PRESENT;
         for bits in [F::WRITE, F::MMU_WRITABLE, F::WRITE | F::MMU_WRITABLE] {
             assert_eq!(writable::<F>(leaf | bits), None);
         }
         assert_eq!(writable::<F>(leaf | F::WRITE | F::HOST_WRITABLE), None);
+        if F::SUB_PAGE_WRITE != 0 {
+            let may = F::HOST_WRITABLE | F::MMU_WRITABLE;
+            for bits in [0, F::HOST_WRITABLE, F::MMU_WRITABLE, may | F::WRITE] {
+                assert_eq!(writable::<F>(leaf | bits | F::SUB_PAGE_WRITE), None);
+            }
+        }
     }
 
     #[test]

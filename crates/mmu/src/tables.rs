@@ -10,6 +10,7 @@ use crate::root::RootState;
 use crate::sync::atomic::Ordering;
 use core::ptr::NonNull;
 use twofold_arch::{Gfn, Gpa, Hpa};
+use twofold_table::sppt::Sppt;
 use twofold_table::{
     Height, PageAccess, PageSource, Place, RawPages, RootTable, Section, Seen, Table, TablePage,
     Tracer,
@@ -147,6 +148,27 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         // SAFETY: tables are unlinked under the lock, or by a fault that takes the lock before it
         // gives them back; so whoever holds the lock finds none that is given back meanwhile.
         unsafe { Table::new(&self.pages, root.table) }.from(root.base)
+    }
+
+    /// The right to walk the sub-page permission table of an address space with the writers' lock.
+    /// `None` until sub-pages are enabled.
+    pub(crate) fn sppt_locked<'s>(
+        &'s self,
+        as_id: u16,
+        writer: &'s Writer<F>,
+    ) -> Option<Table<'s, Sppt, Pages<H>>> {
+        Some(self.sppt_below(self.sub_pages.root(as_id)?, writer))
+    }
+
+    /// The same of one that is or was an address space's.
+    pub(crate) fn sppt_below<'s>(
+        &'s self,
+        root: RootTable,
+        _writer: &'s Writer<F>,
+    ) -> Table<'s, Sppt, Pages<H>> {
+        // SAFETY: these tables are linked, unlinked and given back by holders of the lock alone,
+        // their roots when the MMU is dropped.
+        unsafe { Table::new(&self.pages, root) }
     }
 
     /// How often tables have been unlinked: a leaf table found under one value is still linked, or

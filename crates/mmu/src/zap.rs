@@ -34,7 +34,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         readers
     }
 
-    fn wait_for_readers(&self, writer: &Writer<F>) -> Quiesced {
+    pub(crate) fn wait_for_readers(&self, writer: &Writer<F>) -> Quiesced {
         wait_for_readers(writer.readers.iter().map(|reader| reader.word()), || {
             self.host().wait_hint();
         })
@@ -67,7 +67,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         }
     }
 
-    fn flush(&self, _range: Range<Gpa>) {
+    pub(crate) fn flush(&self, _range: Range<Gpa>) {
         self.remote_tlb_flush.fetch_add(1, Ordering::Relaxed);
         self.host().flush_tlbs();
     }

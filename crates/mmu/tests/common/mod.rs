@@ -10,6 +10,7 @@
     reason = "UNSAFETY: implements the unsafe trait and reads raw tables"
 )]
 
+pub mod guarded;
 pub mod vm;
 
 use std::collections::{HashMap, HashSet};
@@ -131,7 +132,7 @@ impl World {
         unsafe { AtomicU64::from_ptr(pointer.add(index)) }
     }
 
-    fn read(&self, table: Hpa, index: usize) -> u64 {
+    pub fn read(&self, table: Hpa, index: usize) -> u64 {
         self.entry(table, index).load(Ordering::Acquire)
     }
 }
