@@ -38,7 +38,7 @@ aarch64-linux-gnu-strip -o "$work/init" "$images/init"
 { archived init 33261 "$work/init"; archived 'TRAILER!!!' 0 /dev/null; } >"$work/archive"
 
 # The kernel's memory begins above the hypervisor's: what the hypervisor has is not in the tree.
-machine="-M virt,virtualization=on -cpu cortex-a72 -m 512 -smp 2"
+machine="-M virt,virtualization=on,gic-version=3 -cpu cortex-a72 -m 512 -smp 2"
 # shellcheck disable=SC2086 # a list of words
 qemu-system-aarch64 $(echo "$machine" | sed "s#virtualization=on#&,dumpdtb=$work/tree#") \
     -display none >/dev/null 2>&1

@@ -49,7 +49,7 @@ cargo build --release --quiet
 images=$CARGO_TARGET_DIR/aarch64-unknown-linux-gnu/release
 # A run that hangs is a failure.
 # shellcheck disable=SC2086 # a list of words
-timeout "${TWOFOLD_HARDWARE_SECONDS:-120}" qemu-system-aarch64 -M virt,virtualization=on \
+timeout "${TWOFOLD_HARDWARE_SECONDS:-120}" qemu-system-aarch64 -M virt,virtualization=on,gic-version=3 \
     -cpu "${TWOFOLD_ARM_CPU:-max}" -m 512 $machine -nographic -nodefaults -serial stdio \
     -semihosting-config enable=on,target=native \
     -kernel "$images/el2" -device "loader,file=$images/host" </dev/null

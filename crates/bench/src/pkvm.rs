@@ -53,6 +53,9 @@ unsafe impl PageAccess for Machine<'_> {
 unsafe impl Platform for Machine<'_> {
     fn invalidate(&self, _vmid: Vmid, _range: Range<Gpa>) {}
     fn invalidate_all(&self, _vmid: Vmid) {}
+    fn invalidate_here(&self, _vmid: Vmid, _range: Range<Gpa>) {}
+    fn forget_context(&self, _vmid: Vmid) {}
+    fn invalidate_everything(&self) {}
     fn map(&self, _page: Hfn) {}
     fn unmap(&self, _page: Hfn) {}
     fn sync_instructions(&self, _page: Hfn) {}
@@ -64,6 +67,10 @@ unsafe impl Platform for Machine<'_> {
     }
 
     fn processor(&self) -> usize {
+        0
+    }
+
+    fn counter(&self) -> u64 {
         0
     }
 }

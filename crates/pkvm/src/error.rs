@@ -23,6 +23,8 @@ pub enum Error {
     Busy = 16,
     /// There is one already.
     Exists = 17,
+    /// Nothing has been set up for this.
+    NoDevice = 19,
     /// An argument makes no sense.
     Invalid = 22,
     /// The page was taken from the guest by force.
@@ -31,7 +33,7 @@ pub enum Error {
 
 impl Error {
     /// Every error.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::NotPermitted,
         Self::NotFound,
         Self::TooBig,
@@ -40,6 +42,7 @@ impl Error {
         Self::Fault,
         Self::Busy,
         Self::Exists,
+        Self::NoDevice,
         Self::Invalid,
         Self::Poisoned,
     ];
@@ -65,6 +68,7 @@ impl Error {
             Self::Fault => "EFAULT",
             Self::Busy => "EBUSY",
             Self::Exists => "EEXIST",
+            Self::NoDevice => "ENODEV",
             Self::Invalid => "EINVAL",
             Self::Poisoned => "EHWPOISON",
         }

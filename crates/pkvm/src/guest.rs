@@ -157,11 +157,11 @@ impl Guest {
         unsafe { Table::new(storage, self.root) }
     }
 
-    /// The address of a frame of the guest.
+    /// The address of the first of `pages` frames of the guest.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if it is beyond the guest's addresses.
-    fn gpa(&self, gfn: Gfn, pages: u64) -> Result<Gpa, Error> {
+    /// [`Error::Invalid`] if one is beyond the guest's addresses.
+    pub(crate) fn gpa(&self, gfn: Gfn, pages: u64) -> Result<Gpa, Error> {
         let last = gfn.get().checked_add(pages).ok_or(Error::Invalid)?;
         if last > 1 << (self.geometry.ipa_bits - 12) {
             return Err(Error::Invalid);

@@ -113,17 +113,6 @@ impl<P: Platform> Hypervisor<'_, P> {
         })
     }
 
-    /// Makes every processor forget a VM's translations.
-    ///
-    /// # Errors
-    /// [`Error::NotFound`] if there is no such VM.
-    pub fn flush_guest(&self, handle: Handle) -> Result<(), Error> {
-        self.with_vm(handle, |vm| {
-            self.platform().invalidate_all(vm.handle.vmid());
-            Ok(())
-        })
-    }
-
     /// What a guest has at a frame.
     ///
     /// # Errors
@@ -147,7 +136,7 @@ impl<P: Platform> Hypervisor<'_, P> {
         })
     }
 
-    fn with_vm<T>(
+    pub(crate) fn with_vm<T>(
         &self,
         handle: Handle,
         body: impl FnOnce(&Vm) -> Result<T, Error>,

@@ -7,8 +7,9 @@ use crate::page::{PageMap, Pages, State};
 use crate::place::Placed;
 use crate::platform::{MAX_PROCESSORS, Platform};
 use crate::pool::{Pool, Reach};
+use crate::trace::{Cause, Event, Tracing};
 use crate::vm::{Vcpu, Vm, VmTable};
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use twofold_arch::stage2::{Geometry, Granule, Layout, Stage2Caps};
 use twofold_arch::{Hfn, Hpa};
 use twofold_table::RawPages;
@@ -48,6 +49,9 @@ pub struct Hypervisor<'m, P> {
     /// Processors that run below the host's stage 2.
     pub(crate) deprivileged: [AtomicBool; MAX_PROCESSORS],
     pub(crate) finalised: AtomicBool,
+    /// What the virtual counters of ordinary guests are behind, on each processor.
+    pub(crate) counter_offsets: [AtomicU64; MAX_PROCESSORS],
+    pub(crate) tracing: Tracing,
 }
 
 impl<'m, P: Platform> Hypervisor<'m, P> {
@@ -100,6 +104,8 @@ impl<'m, P: Platform> Hypervisor<'m, P> {
             loaded: core::array::from_fn(|_| Lock::new(None)),
             deprivileged: [const { AtomicBool::new(false) }; MAX_PROCESSORS],
             finalised: AtomicBool::new(false),
+            counter_offsets: [const { AtomicU64::new(0) }; MAX_PROCESSORS],
+            tracing: Tracing::new(),
         })
     }
 
@@ -145,7 +151,16 @@ impl<'m, P: Platform> Hypervisor<'m, P> {
 
     /// An access of the host was stopped by its stage 2.
     pub fn host_fault(&self, address: Hpa) -> HostFault {
-        self.host.lock().fault(&self.env(), address)
+        self.trace(Event::HypEnter, Cause::HostAbort as u64, 0);
+        let fault = self.host.lock().fault(&self.env(), address);
+        let outcome = match fault {
+            HostFault::Mapped { .. } => 0,
+            HostFault::Spurious => 1,
+            HostFault::Denied => 2,
+        };
+        self.trace(Event::HostMemAbort, address.get(), outcome);
+        self.trace(Event::HypExit, Cause::HostAbort as u64, 0);
+        fault
     }
 
     /// This processor now runs below the host's stage 2; once one does, the calls that set the

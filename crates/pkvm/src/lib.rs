@@ -11,12 +11,16 @@
 #![cfg_attr(not(any(test, loom)), no_std)]
 
 pub mod audit;
+pub mod early;
 pub mod error;
+pub mod exception;
+pub mod flush;
 pub mod guest;
 pub mod guest_memory;
 pub mod host_table;
 pub mod hypercall;
 pub mod hypervisor;
+pub mod interrupts;
 pub mod lifecycle;
 mod lock;
 pub mod matrix;
@@ -25,6 +29,7 @@ pub mod page;
 mod place;
 pub mod platform;
 pub mod pool;
+pub mod request;
 pub mod run;
 pub mod shared;
 mod stack;
@@ -32,6 +37,7 @@ mod stack;
 mod testing;
 #[cfg(test)]
 mod tests;
+pub mod trace;
 pub mod vm;
 
 pub use error::Error;

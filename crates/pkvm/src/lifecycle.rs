@@ -7,10 +7,12 @@
 use crate::error::Error;
 use crate::guest::Guest;
 use crate::hypervisor::{Hypervisor, Loaded};
+use crate::interrupts::Interface;
 use crate::lock::Lock;
 use crate::page::Pages;
 use crate::place::Placed;
 use crate::platform::{MAX_PROCESSORS, Platform, read, write};
+use crate::request::Stopped;
 use crate::shared::{HostVcpu, HostVm};
 use crate::stack::{HostStack, Stack};
 use crate::vm::{Handle, MAX_VCPUS, Registers, Slot, Vcpu, VcpuInner, Vm};
@@ -183,6 +185,8 @@ impl<P: Platform> Hypervisor<'_, P> {
                 registers: Registers::entry(pc, argument),
                 tables: Stack::new(),
                 fault: None,
+                stopped: Stopped::Nothing,
+                interface: Interface::default(),
                 awaits_answer: false,
             }),
         };
@@ -220,6 +224,12 @@ impl<P: Platform> Hypervisor<'_, P> {
         }
         *users += 1;
         *mine = Some(Loaded { vm: *vm, vcpu });
+        drop(vms);
+        if let Some(gic) = self.platform().virtual_gic() {
+            // SAFETY: it is loaded, so it cannot end.
+            let vcpu = unsafe { vcpu.get() };
+            gic.load(&vcpu.inner.lock().interface);
+        }
         Ok(())
     }
 
@@ -230,9 +240,12 @@ impl<P: Platform> Hypervisor<'_, P> {
     pub fn vcpu_put(&self) -> Result<(), Error> {
         let mut mine = self.mine()?.lock();
         let loaded = mine.take().ok_or(Error::Invalid)?;
-        let mut vms = self.vms.lock();
         // SAFETY: the vCPU is loaded, so its VM cannot end.
         let (vm, vcpu) = unsafe { (loaded.vm.get(), loaded.vcpu.get()) };
+        if let Some(gic) = self.platform().virtual_gic() {
+            vcpu.inner.lock().interface = gic.save();
+        }
+        let mut vms = self.vms.lock();
         vcpu.loaded.store(false, Ordering::Release);
         if let Slot::Ready { users, .. } = vms.slot(vm.handle) {
             *users -= 1;
@@ -260,6 +273,24 @@ impl<P: Platform> Hypervisor<'_, P> {
         // does not do meanwhile.
         let (vm, vcpu) = unsafe { (loaded.vm.get(), loaded.vcpu.get()) };
         body(vm, vcpu)
+    }
+
+    /// The same with the vCPU's record, if its address is `host_vcpu`: the host names the vCPU that
+    /// it means, and the name is only compared.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if it is another's.
+    pub(crate) fn with_named<T>(
+        &self,
+        host_vcpu: Hpa,
+        body: impl FnOnce(&Vm, &Vcpu, HostVcpu) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        self.with_loaded(|vm, vcpu| {
+            if vcpu.host_vcpu != host_vcpu {
+                return Err(Error::Invalid);
+            }
+            body(vm, vcpu, HostVcpu::at(host_vcpu)?)
+        })
     }
 
     /// Fills the loaded vCPU's stock of tables from the host's stack, so that it has what the

@@ -285,6 +285,28 @@ impl<'m> PageMap<'m> {
             .ok_or(Error::Invalid)
     }
 
+    /// Whether pages are all outside of memory.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for no page and pages beyond the machine's addresses;
+    /// [`Error::NotPermitted`] if one of them is memory, mapped or not.
+    pub fn check_device(&self, pages: Pages) -> Result<(), Error> {
+        let start = pages.start.get();
+        let end = start.checked_add(pages.count).ok_or(Error::Invalid)?;
+        if pages.count == 0 || end > 1 << (self.pa_bits - 12) {
+            return Err(Error::Invalid);
+        }
+        if self.overlaps(start, end) {
+            return Err(Error::NotPermitted);
+        }
+        Ok(())
+    }
+
+    fn overlaps(&self, start: u64, end: u64) -> bool {
+        let mut regions = self.regions.iter();
+        regions.any(|region| region.start.get() < end && start < region.end())
+    }
+
     /// Whether a block of `pages` pages (a power of two) around `page` is nothing but one region,
     /// or nothing but outside every region.
     pub fn is_uniform(&self, page: Hfn, pages: u64) -> bool {
@@ -292,10 +314,7 @@ impl<'m> PageMap<'m> {
         let end = start.saturating_add(pages);
         match self.region(page) {
             Some((region, _)) => start >= region.start.get() && end <= region.end(),
-            None => !self
-                .regions
-                .iter()
-                .any(|region| region.start.get() < end && start < region.end()),
+            None => !self.overlaps(start, end),
         }
     }
 }

@@ -3,6 +3,9 @@
 // UNSAFETY: the pages that the hypervisor owns are raw memory; words of them are reached here.
 #![expect(unsafe_code)]
 
+use crate::guest::Access;
+use crate::interrupts::VirtualGic;
+use crate::page::Pages;
 use core::ops::Range;
 use core::sync::atomic::{AtomicU64, Ordering};
 use twofold_arch::{Gpa, Hfn, Hpa};
@@ -35,6 +38,16 @@ pub unsafe trait Platform: PageAccess + Sync {
     /// The same for every address.
     fn invalidate_all(&self, vmid: Vmid);
 
+    /// Makes this processor, and perhaps others, forget the translations of `range` by `vmid`.
+    fn invalidate_here(&self, vmid: Vmid, range: Range<Gpa>);
+
+    /// Makes this processor forget everything of `vmid`, stage 1 and instructions too, before
+    /// another vCPU of the same VM runs here.
+    fn forget_context(&self, vmid: Vmid);
+
+    /// Makes every processor forget every translation of EL1 and EL0 and every instruction.
+    fn invalidate_everything(&self);
+
     /// Makes a page readable and writable at EL2. Must not fail: the tables exist from the start.
     fn map(&self, page: Hfn);
 
@@ -50,10 +63,54 @@ pub unsafe trait Platform: PageAccess + Sync {
 
     /// The number of this processor, below [`MAX_PROCESSORS`].
     fn processor(&self) -> usize;
+
+    /// The machine's counter of time.
+    fn counter(&self) -> u64;
+
+    /// Maps pages of a device for EL2 alone, for good, and says where. `None` if there is no room.
+    /// What the host may choose has been checked.
+    fn map_device(&self, pages: Pages, access: Access) -> Option<u64> {
+        let _ = (pages, access);
+        None
+    }
+
+    /// Exceptions that reach EL2 on this processor go through `vectors` from now on. `false` if
+    /// this machine has none of the kind.
+    fn set_vectors(&self, vectors: Vectors) -> bool {
+        let _ = vectors;
+        false
+    }
+
+    /// Whether the processors have speculative store bypass safe (FEAT_SSBS).
+    fn has_ssbs(&self) -> bool {
+        false
+    }
+
+    /// Exceptions to EL2 leave PSTATE.SSBS set on this processor from now on. Called where
+    /// [`has_ssbs`](Self::has_ssbs) says so.
+    fn enable_ssbs(&self) {}
+
+    /// The virtual side of this processor's GICv3 interface, if there is one.
+    fn virtual_gic(&self) -> Option<&dyn VirtualGic> {
+        None
+    }
+}
+
+/// Ways into EL2, by upstream's numbers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Vectors {
+    /// Straight.
+    Direct = 0,
+    /// With the branch history overwritten first.
+    Hardened = 1,
 }
 
 /// The most processors that the hypervisor serves.
+#[cfg(not(loom))]
 pub const MAX_PROCESSORS: usize = 16;
+/// The models have two, and `loom`'s threads small stacks.
+#[cfg(loom)]
+pub const MAX_PROCESSORS: usize = 2;
 
 /// A word of a page that the hypervisor has mapped. The index is taken modulo [`WORDS`].
 fn word<P: Platform>(platform: &P, page: Hfn, index: usize) -> &AtomicU64 {

@@ -2,10 +2,15 @@
 //! host sees the rest, and of a protected guest only what it needs to serve it.
 
 use crate::error::Error;
+use crate::exception::class;
 use crate::hypervisor::Hypervisor;
+use crate::interrupts::Interrupts;
 use crate::platform::Platform;
+use crate::request::Stopped;
 use crate::shared::HostVcpu;
-use crate::vm::{Registers, Vcpu, VcpuInner, Vm};
+use crate::trace::{Cause, Event};
+use crate::vm::{Registers, VcpuInner, Vm, system};
+use core::sync::atomic::Ordering;
 use twofold_arch::stage2::{vtcr, vttbr};
 use twofold_arch::{Gfn, PAGE_SIZE};
 
@@ -16,6 +21,17 @@ pub struct Stage2 {
     pub vttbr: u64,
     /// VTCR_EL2, for the guest's own IPA size.
     pub vtcr: u64,
+}
+
+/// What a vCPU runs with beside its registers.
+#[derive(Clone, Debug)]
+pub struct Context {
+    /// Its stage 2.
+    pub stage2: Stage2,
+    /// CNTVOFF_EL2: how far its virtual counter is behind the machine's.
+    pub counter_offset: u64,
+    /// Its list registers. What the guest makes of them is written here when it stops.
+    pub interrupts: Interrupts,
 }
 
 /// Why the processor left the guest.
@@ -48,15 +64,6 @@ pub enum Reason {
     Wait = 3,
     /// Something that nobody emulates. The record has the syndrome's class.
     Unknown = 4,
-}
-
-/// Exception classes of ESR_EL2.
-mod class {
-    pub(super) const WAIT: u64 = 0x01;
-    pub(super) const HVC: u64 = 0x16;
-    pub(super) const SMC: u64 = 0x17;
-    pub(super) const INSTRUCTION_ABORT: u64 = 0x20;
-    pub(super) const DATA_ABORT: u64 = 0x24;
 }
 
 /// ESR_EL2 of a data abort for a write to a page that level 3 does not map.
@@ -92,26 +99,65 @@ impl<P: Platform> Hypervisor<'_, P> {
     /// guest with the registers and returns when the processor leaves it.
     ///
     /// # Errors
-    /// [`Error::Invalid`] with no vCPU loaded.
+    /// [`Error::Invalid`] with no vCPU loaded, and if the host's record wants what makes no sense;
+    /// [`Error::NotPermitted`] for a [`Request`](crate::request::Request) that does not belong to
+    /// what the guest stopped at.
     pub fn vcpu_run(
         &self,
-        enter: &mut dyn FnMut(&mut Registers, Stage2) -> Exit,
+        enter: &mut dyn FnMut(&mut Registers, &mut Context) -> Exit,
     ) -> Result<Reason, Error> {
         self.with_loaded(|vm, vcpu| {
             let record = HostVcpu::at(vcpu.host_vcpu)?;
-            let stage2 = self.stage2(vm);
             let mut inner = vcpu.inner.lock();
+            let mut context = Context {
+                stage2: self.stage2(vm),
+                counter_offset: self.counter_offset(vm),
+                interrupts: self.interrupts_from(record)?,
+            };
+            self.serve_request(vm, &mut inner, record)?;
             if core::mem::take(&mut inner.awaits_answer) {
                 let answer = record.call(self.platform());
                 inner.registers.x[..4].copy_from_slice(&answer);
             }
-            loop {
-                let exit = enter(&mut inner.registers, stage2);
-                if let Some(reason) = self.left(vm, vcpu, &mut inner, record, exit) {
-                    return Ok(reason);
+            self.trace(Event::HypExit, Cause::Guest as u64, 0);
+            let reason = loop {
+                let exit = enter(&mut inner.registers, &mut context);
+                if let Some(reason) = self.left(vm, &mut inner, record, exit) {
+                    break reason;
                 }
+            };
+            self.trace(Event::HypEnter, Cause::Guest as u64, reason as u64);
+            self.interrupts_to(record, &context.interrupts);
+            let registers = &inner.registers.system;
+            for (number, register) in [system::TIMER_CONTROL, system::TIMER_COMPARE]
+                .into_iter()
+                .enumerate()
+            {
+                let word = HostVcpu::TIMER + number;
+                record.set_word(self.platform(), word, registers[register]);
             }
+            Ok(reason)
         })
+    }
+
+    /// How far the virtual counter of ordinary guests is behind the machine's counter when they run
+    /// on this processor. A protected guest's is not the host's to move.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] on a processor that the hypervisor does not serve.
+    pub fn set_counter_offset(&self, offset: u64) -> Result<(), Error> {
+        let offsets = self.counter_offsets.get(self.platform().processor());
+        let mine = offsets.ok_or(Error::Invalid)?;
+        mine.store(offset, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn counter_offset(&self, vm: &Vm) -> u64 {
+        if vm.protected {
+            return 0;
+        }
+        let offsets = self.counter_offsets.get(self.platform().processor());
+        offsets.map_or(0, |mine| mine.load(Ordering::Relaxed))
     }
 
     fn stage2(&self, vm: &Vm) -> Stage2 {
@@ -123,14 +169,8 @@ impl<P: Platform> Hypervisor<'_, P> {
     }
 
     /// `None` if the guest goes on at once.
-    fn left(
-        &self,
-        vm: &Vm,
-        _vcpu: &Vcpu,
-        inner: &mut VcpuInner,
-        record: HostVcpu,
-        exit: Exit,
-    ) -> Option<Reason> {
+    fn left(&self, vm: &Vm, inner: &mut VcpuInner, record: HostVcpu, exit: Exit) -> Option<Reason> {
+        inner.stopped = Stopped::Nothing;
         let Exit::Exception {
             syndrome,
             far,
@@ -169,11 +209,15 @@ impl<P: Platform> Hypervisor<'_, P> {
                 // HPFAR_EL2 has the page's address, bits 51:12, in bits 43:4.
                 let address = (hpfar >> 4 & ((1 << 40) - 1)) << 12 | far & (PAGE_SIZE - 1);
                 inner.fault = Some(Gfn::new(address / PAGE_SIZE));
+                inner.stopped = Stopped::at_abort(syndrome, far);
                 if vm.protected {
                     let page = address & !(PAGE_SIZE - 1);
                     record.report(platform, syndrome & ABORT_PARTS, page);
                 } else {
                     record.report(platform, syndrome, address);
+                    if let Some(data) = inner.stopped.written(&inner.registers) {
+                        record.set_word(platform, HostVcpu::DATA, data);
+                    }
                 }
                 Some(Reason::Abort)
             }
@@ -182,6 +226,7 @@ impl<P: Platform> Hypervisor<'_, P> {
                 Some(Reason::Wait)
             }
             class => {
+                inner.stopped = Stopped::Unknown;
                 record.report(platform, class << 26, 0);
                 Some(Reason::Unknown)
             }

@@ -4,6 +4,7 @@
 //! vCPU lives. Whatever the host writes there is read once and checked.
 
 use crate::error::Error;
+use crate::interrupts::Interface;
 use crate::platform::{Platform, WORDS, read, split, write};
 use crate::stack::HostStack;
 use twofold_arch::{Hfn, Hpa};
@@ -88,7 +89,15 @@ impl HostVm {
 /// | 3, 4 | both | stack of pages for the guest's tables: first, count |
 /// | 5 | hypervisor | why the guest stopped: ESR_EL2 |
 /// | 6 | hypervisor | the guest's address, for an abort |
-/// | 8 to 11 | both | x0 to x3 of a call of the guest that the host answers |
+/// | 7 | both | what is to be done about it: a [`Request`](crate::request::Request), or 0 |
+/// | 8 to 11 | both | x0 to x3 of a call of the guest that the host answers; 8: data of an access |
+/// | 12, 13 | hypervisor | the guest's CNTV_CTL_EL0 and CNTV_CVAL_EL0 |
+/// | 16 | both | ICH_HCR_EL2: enable, and the conditions of maintenance interrupts |
+/// | 17 | both | ICH_VMCR_EL2, by `vgic_v3_save_aprs` and `vgic_v3_restore_vmcr_aprs` |
+/// | 18 | host | how many list registers count |
+/// | 20 to 23 | both | ICH_AP0R_EL2, as word 17 |
+/// | 24 to 27 | both | ICH_AP1R_EL2, as word 17 |
+/// | 32 to 47 | both | ICH_LR_EL2 |
 #[derive(Clone, Copy, Debug)]
 pub struct HostVcpu {
     address: Hpa,
@@ -98,13 +107,29 @@ pub struct HostVcpu {
 
 impl HostVcpu {
     /// Words in the record.
-    pub const WORDS: usize = 16;
+    pub const WORDS: usize = 48;
     /// The word with the syndrome.
     pub const SYNDROME: usize = 5;
     /// The word with the address.
     pub const ADDRESS: usize = 6;
+    /// The word with the request.
+    pub const REQUEST: usize = 7;
     /// The first word of the call.
     pub const CALL: usize = 8;
+    /// The word with the data of an access.
+    pub const DATA: usize = 8;
+    /// The word with CNTV_CTL_EL0; CNTV_CVAL_EL0 follows.
+    pub const TIMER: usize = 12;
+    /// The word with ICH_HCR_EL2.
+    pub const GIC_CONTROL: usize = 16;
+    /// The word with ICH_VMCR_EL2.
+    pub const INTERFACE: usize = 17;
+    /// The word that says how many list registers count.
+    pub const LISTS_USED: usize = 18;
+    /// The first word of the active priorities of group 0; those of group 1 follow.
+    pub const ACTIVE: usize = 20;
+    /// The first list register.
+    pub const LISTS: usize = 32;
 
     /// The record at `address`.
     ///
@@ -124,33 +149,58 @@ impl HostVcpu {
     }
 
     pub(crate) fn index<P: Platform>(&self, platform: &P) -> u64 {
-        read(platform, self.page, self.index)
+        self.word(platform, 0)
     }
 
     pub(crate) fn entry<P: Platform>(&self, platform: &P) -> (u64, u64) {
-        (
-            read(platform, self.page, self.index + 1),
-            read(platform, self.page, self.index + 2),
-        )
+        (self.word(platform, 1), self.word(platform, 2))
     }
 
     pub(crate) fn tables(&self) -> Result<HostStack, Error> {
         HostStack::at(Hpa::new(self.address.get() + 3 * 8))
     }
 
+    /// A word of the record, read once. The index is below [`HostVcpu::WORDS`].
+    pub(crate) fn word<P: Platform>(&self, platform: &P, number: usize) -> u64 {
+        read(platform, self.page, self.index + number)
+    }
+
+    /// Writes a word of the record.
+    pub(crate) fn set_word<P: Platform>(&self, platform: &P, number: usize, value: u64) {
+        write(platform, self.page, self.index + number, value);
+    }
+
     pub(crate) fn report<P: Platform>(&self, platform: &P, syndrome: u64, address: u64) {
-        write(platform, self.page, self.index + Self::SYNDROME, syndrome);
-        write(platform, self.page, self.index + Self::ADDRESS, address);
+        self.set_word(platform, Self::SYNDROME, syndrome);
+        self.set_word(platform, Self::ADDRESS, address);
+    }
+
+    pub(crate) fn interface<P: Platform>(&self, platform: &P) -> Interface {
+        let word = |number| self.word(platform, number);
+        Interface {
+            control: word(Self::INTERFACE),
+            active0: core::array::from_fn(|number| word(Self::ACTIVE + number)),
+            active1: core::array::from_fn(|number| word(Self::ACTIVE + 4 + number)),
+        }
+    }
+
+    pub(crate) fn set_interface<P: Platform>(&self, platform: &P, interface: &Interface) {
+        self.set_word(platform, Self::INTERFACE, interface.control);
+        for number in 0..4 {
+            self.set_word(platform, Self::ACTIVE + number, interface.active0[number]);
+            let second = Self::ACTIVE + 4 + number;
+            self.set_word(platform, second, interface.active1[number]);
+        }
     }
 
     pub(crate) fn set_call<P: Platform>(&self, platform: &P, call: [u64; 4]) {
         for (number, value) in call.into_iter().enumerate() {
-            write(platform, self.page, self.index + Self::CALL + number, value);
+            self.set_word(platform, Self::CALL + number, value);
         }
     }
 
     pub(crate) fn call<P: Platform>(&self, platform: &P) -> [u64; 4] {
-        core::array::from_fn(|number| read(platform, self.page, self.index + Self::CALL + number))
+        core::array::from_fn(|number| self.word(platform, Self::CALL + number))
     }
 }
 

@@ -8,9 +8,11 @@
 #![expect(unsafe_code, reason = "plays physical memory")]
 #![cfg_attr(loom, allow(dead_code, reason = "the models use less of it"))]
 
+use crate::guest::Access;
 use crate::hypervisor::{Config, Hypervisor};
+use crate::interrupts::{Interface, VirtualGic};
 use crate::page::{PageMap, PageRecord, Pages, Region};
-use crate::platform::{Platform, Vmid};
+use crate::platform::{Platform, Vectors, Vmid};
 use crate::run::Stage2;
 use std::alloc::{Layout as Allocation, alloc_zeroed, dealloc};
 use std::collections::BTreeMap;
@@ -45,6 +47,8 @@ pub(crate) struct Ram {
     records: Vec<PageRecord>,
     own: u64,
     pa_bits: u32,
+    /// Whether processors have what not every processor has.
+    features: bool,
 }
 
 // SAFETY: the memory is reached through atomics, or by the one who owns a page.
@@ -80,12 +84,19 @@ impl Ram {
             records: (0..pages).map(|_| PageRecord::new()).collect(),
             own,
             pa_bits: PA_BITS,
+            features: true,
         }
     }
 
     /// The same with other physical addresses.
     pub(crate) fn with_address_bits(mut self, pa_bits: u32) -> Self {
         self.pa_bits = pa_bits;
+        self
+    }
+
+    /// The same with processors that have nothing beside stage 2.
+    pub(crate) fn without_features(mut self) -> Self {
+        self.features = false;
         self
     }
 
@@ -101,6 +112,11 @@ impl Ram {
                 .collect(),
             tlb: Mutex::new(BTreeMap::new()),
             wiped: AtomicU64::new(0),
+            counter: AtomicU64::new(1000),
+            devices: Mutex::default(),
+            vectors: Mutex::default(),
+            ssbs: self.features.then(|| AtomicU64::new(0)),
+            gic: self.features.then(Gic::default),
         };
         let config = Config {
             pages: PageMap::new(&self.regions, &self.records, self.pa_bits).unwrap(),
@@ -133,8 +149,15 @@ pub(crate) struct Translation {
 pub(crate) struct Machine<'r> {
     ram: &'r Ram,
     mapped: Vec<AtomicBool>,
-    tlb: Mutex<BTreeMap<(Vmid, u64), Translation>>,
+    /// By processor.
+    tlb: Mutex<BTreeMap<(usize, Vmid, u64), Translation>>,
     wiped: AtomicU64,
+    counter: AtomicU64,
+    pub(crate) devices: Mutex<Vec<(Pages, Access)>>,
+    pub(crate) vectors: Mutex<BTreeMap<usize, Vectors>>,
+    /// How often it was enabled, if there is such a thing.
+    pub(crate) ssbs: Option<AtomicU64>,
+    pub(crate) gic: Option<Gic>,
 }
 
 // SAFETY: pages are valid memory as long as the machine; unmapped ones are refused.
@@ -152,18 +175,35 @@ unsafe impl PageAccess for Machine<'_> {
 // SAFETY: as above; processors are numbered by whoever starts them.
 unsafe impl Platform for Machine<'_> {
     fn invalidate(&self, vmid: Vmid, range: Range<Gpa>) {
-        let frames = range.start.get() / PAGE_SIZE..range.end.get().div_ceil(PAGE_SIZE);
-        self.tlb
-            .lock()
-            .unwrap()
-            .retain(|&(owner, frame), _| owner != vmid || !frames.contains(&frame));
+        let frames = frames(&range);
+        let mut tlb = self.tlb.lock().unwrap();
+        tlb.retain(|&(_, owner, frame), _| owner != vmid || !frames.contains(&frame));
     }
 
     fn invalidate_all(&self, vmid: Vmid) {
+        let mut tlb = self.tlb.lock().unwrap();
+        tlb.retain(|&(_, owner, _), _| owner != vmid);
+    }
+
+    fn invalidate_here(&self, vmid: Vmid, range: Range<Gpa>) {
+        let here = self.processor();
+        let frames = frames(&range);
         self.tlb
             .lock()
             .unwrap()
-            .retain(|&(owner, _), _| owner != vmid);
+            .retain(|&(processor, owner, frame), _| {
+                processor != here || owner != vmid || !frames.contains(&frame)
+            });
+    }
+
+    fn forget_context(&self, vmid: Vmid) {
+        let here = self.processor();
+        let mut tlb = self.tlb.lock().unwrap();
+        tlb.retain(|&(processor, owner, _), _| processor != here || owner != vmid);
+    }
+
+    fn invalidate_everything(&self) {
+        self.tlb.lock().unwrap().clear();
     }
 
     fn map(&self, page: Hfn) {
@@ -185,6 +225,86 @@ unsafe impl Platform for Machine<'_> {
 
     fn processor(&self) -> usize {
         PROCESSOR.with(std::cell::Cell::get)
+    }
+
+    fn counter(&self) -> u64 {
+        self.counter.fetch_add(1, SeqCst)
+    }
+
+    fn map_device(&self, pages: Pages, access: Access) -> Option<u64> {
+        let mut devices = self.devices.lock().unwrap();
+        let taken: u64 = devices.iter().map(|(pages, _)| pages.count).sum();
+        if taken + pages.count > DEVICE_PAGES {
+            return None;
+        }
+        devices.push((pages, access));
+        Some(DEVICES + taken * PAGE_SIZE)
+    }
+
+    fn set_vectors(&self, vectors: Vectors) -> bool {
+        self.vectors
+            .lock()
+            .unwrap()
+            .insert(self.processor(), vectors);
+        true
+    }
+
+    fn has_ssbs(&self) -> bool {
+        self.ssbs.is_some()
+    }
+
+    fn enable_ssbs(&self) {
+        if let Some(ssbs) = &self.ssbs {
+            ssbs.fetch_add(1, SeqCst);
+        }
+    }
+
+    fn virtual_gic(&self) -> Option<&dyn VirtualGic> {
+        self.gic.as_ref().map(|gic| gic as &dyn VirtualGic)
+    }
+}
+
+fn frames(range: &Range<Gpa>) -> Range<u64> {
+    range.start.get() / PAGE_SIZE..range.end.get().div_ceil(PAGE_SIZE)
+}
+
+/// Where EL2 maps devices, and how many pages it has for them.
+pub(crate) const DEVICES: u64 = 1 << 40;
+pub(crate) const DEVICE_PAGES: u64 = 16;
+
+/// The virtual side of every processor's GICv3.
+#[derive(Default)]
+pub(crate) struct Gic {
+    interfaces: Mutex<BTreeMap<usize, Interface>>,
+    /// How often list registers were emptied.
+    pub(crate) cleared: AtomicU64,
+}
+
+/// ICH_VTR_EL2 of the simulated machine: four list registers.
+pub(crate) const VTR: u64 = 0x9000_0003;
+
+impl VirtualGic for Gic {
+    fn config(&self) -> u64 {
+        VTR
+    }
+
+    fn list_registers(&self) -> usize {
+        4
+    }
+
+    fn clear(&self) {
+        self.cleared.fetch_add(1, SeqCst);
+    }
+
+    fn load(&self, interface: &Interface) {
+        let here = PROCESSOR.with(std::cell::Cell::get);
+        self.interfaces.lock().unwrap().insert(here, *interface);
+    }
+
+    fn save(&self) -> Interface {
+        let here = PROCESSOR.with(std::cell::Cell::get);
+        let interfaces = self.interfaces.lock().unwrap();
+        interfaces.get(&here).copied().unwrap_or_default()
     }
 }
 
@@ -226,9 +346,9 @@ impl Machine<'_> {
         geometry: twofold_arch::stage2::Geometry,
         address: u64,
     ) -> Option<Translation> {
-        let frame = address / PAGE_SIZE;
+        let (here, frame) = (self.processor(), address / PAGE_SIZE);
         let mut tlb = self.tlb.lock().unwrap();
-        if let Some(&found) = tlb.get(&(vmid, frame)) {
+        if let Some(&found) = tlb.get(&(here, vmid, frame)) {
             return Some(found);
         }
         if address >> geometry.ipa_bits != 0 {
@@ -256,7 +376,7 @@ impl Machine<'_> {
                         page: Hpa::new(hpa.get() + offset).frame(),
                         flags,
                     };
-                    tlb.insert((vmid, frame), found);
+                    tlb.insert((here, vmid, frame), found);
                     return Some(found);
                 }
                 _ => return None,

@@ -14,9 +14,11 @@
 
 use crate::error::Error;
 use crate::guest::Guest;
+use crate::interrupts::Interface;
 use crate::lock::Lock;
 use crate::place::Placed;
 use crate::platform::Vmid;
+use crate::request::Stopped;
 use crate::stack::Stack;
 use core::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 use twofold_arch::{Gfn, Hfn, Hpa};
@@ -157,12 +159,62 @@ pub struct Registers {
     pub fpcr: u64,
     /// FPSR.
     pub fpsr: u64,
-    /// EL1's and EL0's system registers, in the platform's order.
+    /// EL1's and EL0's system registers, in the order of [`SYSTEM`].
     pub system: [u64; SYSTEM_REGISTERS],
 }
 
-/// System registers that a vCPU keeps.
-pub const SYSTEM_REGISTERS: usize = 24;
+/// System registers that a vCPU keeps, in the order of [`Registers::system`].
+pub const SYSTEM: [&str; SYSTEM_REGISTERS] = [
+    "sctlr_el1",
+    "sp_el0",
+    "sp_el1",
+    "elr_el1",
+    "spsr_el1",
+    "vbar_el1",
+    "cpacr_el1",
+    "ttbr0_el1",
+    "ttbr1_el1",
+    "tcr_el1",
+    "mair_el1",
+    "amair_el1",
+    "esr_el1",
+    "far_el1",
+    "afsr0_el1",
+    "afsr1_el1",
+    "contextidr_el1",
+    "tpidr_el0",
+    "tpidrro_el0",
+    "tpidr_el1",
+    "par_el1",
+    "cntkctl_el1",
+    "csselr_el1",
+    "mdscr_el1",
+    "cntv_cval_el0",
+    "cntv_ctl_el0",
+];
+
+/// How many there are.
+pub const SYSTEM_REGISTERS: usize = 26;
+
+/// Where those system registers stand that the hypervisor itself reads or changes.
+pub mod system {
+    /// SCTLR_EL1.
+    pub const SCTLR: usize = 0;
+    /// ELR_EL1.
+    pub const ELR: usize = 3;
+    /// SPSR_EL1.
+    pub const SPSR: usize = 4;
+    /// VBAR_EL1.
+    pub const VBAR: usize = 5;
+    /// ESR_EL1.
+    pub const ESR: usize = 12;
+    /// FAR_EL1.
+    pub const FAR: usize = 13;
+    /// CNTV_CVAL_EL0: when the virtual timer fires.
+    pub const TIMER_COMPARE: usize = 24;
+    /// CNTV_CTL_EL0: enable, mask, and whether it has fired.
+    pub const TIMER_CONTROL: usize = 25;
+}
 
 impl Registers {
     /// EL1 with interrupts masked, at `pc`, with `argument` in x0.
@@ -199,6 +251,10 @@ pub(crate) struct VcpuInner {
     pub(crate) tables: Stack,
     /// The frame of the last fault that went to the host.
     pub(crate) fault: Option<Gfn>,
+    /// What the guest stopped at: what the host may ask to be done about it.
+    pub(crate) stopped: Stopped,
+    /// Its virtual CPU interface, while it is not loaded.
+    pub(crate) interface: Interface,
     /// The host answers a call of the guest: its x0 to x3 are to be taken at the next entry.
     pub(crate) awaits_answer: bool,
 }

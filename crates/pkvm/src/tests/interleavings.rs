@@ -4,7 +4,8 @@
 use super::setting::*;
 use crate::error::Error;
 use crate::page::State;
-use crate::testing::{Ram, become_processor};
+use crate::testing::{Accesses, Ram, become_processor};
+use crate::trace::Event;
 use crate::vm::Handle;
 use loom::sync::Arc;
 use loom::thread;
@@ -238,5 +239,35 @@ fn one_handle_goes_to_one_of_two() {
         let mut results = [mine, others];
         results.sort_by_key(Result::is_err);
         assert_eq!(results, [Ok(first), Err(Error::Exists)]);
+    });
+}
+
+#[test]
+fn an_event_beside_unloading_goes_into_the_ring_or_nowhere() {
+    explore(|| {
+        let world = Arc::new(World::new());
+        let hyp = world.hyp();
+        let pages = PLACE.ring_pages();
+        for page in [PLACE.record_page(), pages[0], pages[1]] {
+            hyp.host_share_hyp(page).unwrap();
+        }
+        let words = [1, 2, pages[0].get(), pages[1].get()];
+        hyp.host_writes(PLACE.ring_description(), &words);
+        hyp.tracing_load(PLACE.ring_description(), 32).unwrap();
+        hyp.tracing_enable_event(Event::Selftest as u64, true)
+            .unwrap();
+        hyp.tracing_enable(true).unwrap();
+        // The same processor, so that both mean one ring.
+        let other = on_processor(&world, 0, |hyp| hyp.trace(Event::Selftest, 1, 2));
+        hyp.tracing_unload();
+        for page in pages {
+            hyp.host_unshare_hyp(page).unwrap();
+            hyp.host_writes(page.address(), &[7; 512]);
+        }
+        other.join().unwrap();
+        for page in pages {
+            assert!((0..512).all(|index| word(hyp, page.address(), index) == 7));
+        }
+        hyp.audit().unwrap();
     });
 }

@@ -5,9 +5,15 @@
 #[cfg(not(loom))]
 mod defects;
 #[cfg(not(loom))]
+mod early;
+#[cfg(not(loom))]
+mod flush;
+#[cfg(not(loom))]
 mod host;
 #[cfg(loom)]
 mod interleavings;
+#[cfg(not(loom))]
+mod interrupts;
 #[cfg(not(loom))]
 mod life;
 #[cfg(not(loom))]
@@ -18,4 +24,8 @@ mod memory;
 mod pools;
 #[cfg(not(loom))]
 mod random;
+#[cfg(not(loom))]
+mod requests;
 mod setting;
+#[cfg(not(loom))]
+mod tracing;

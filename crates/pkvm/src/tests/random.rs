@@ -5,6 +5,7 @@ use super::setting::*;
 use crate::hypercall::{Call, FUNCTION_BASE, REGISTERS};
 use crate::page::State;
 use crate::run::Exit;
+use crate::shared::HostVcpu;
 use crate::testing::{Accesses, Ram};
 use crate::vm::Handle;
 use proptest::prelude::*;
@@ -14,6 +15,8 @@ use twofold_arch::{Gfn, Hfn};
 
 const VMS: u64 = 3;
 const PAGES: u64 = 256;
+/// A description of one ring of two pages.
+const RING_BYTES: u64 = 32;
 
 fn place(number: u64) -> Place {
     Place(72 + 8 * number)
@@ -104,6 +107,7 @@ impl World<'_> {
                     .filter(|&page| self.hyp.host_reaches(page))
                     .collect();
                 fill_vcpu(&self.hyp, spot, 0, &stock);
+                self.fill_beside(spot, gfn, odd);
             }
             return;
         };
@@ -135,13 +139,56 @@ impl World<'_> {
                 0,
             ],
             Call::ReclaimDyingGuestPage => [handle, gfn, 0, 0],
-            Call::StartTeardownVm | Call::FinalizeTeardownVm | Call::TlbFlushVmid => {
-                [handle ^ odd, 0, 0, 0]
+            Call::StartTeardownVm
+            | Call::FinalizeTeardownVm
+            | Call::TlbFlushVmid
+            | Call::PkvmTlbFlushVmid
+            | Call::FlushCpuContext => [handle ^ odd, 0, 0, 0],
+            Call::TlbFlushVmidIpa | Call::TlbFlushVmidIpaNsh | Call::TlbFlushVmidRange => {
+                [handle, gfn << 12, odd & 3, 0]
             }
+            Call::AdjustPc | Call::VgicV3SaveAprs | Call::VgicV3RestoreVmcrAprs => {
+                [spot.host_vcpu(0).get() ^ odd, 0, 0, 0]
+            }
+            Call::TracingLoad => [spot.ring_description().get(), RING_BYTES ^ odd, 0, 0],
+            Call::TracingEnable
+            | Call::TracingSwapReader
+            | Call::TracingReset
+            | Call::TracingEnableEvent => [(page % 5) ^ odd, 1, 0, 0],
+            Call::CreatePrivateMapping
+            | Call::CpuSetVector
+            | Call::EnableSsbs
+            | Call::VgicV3InitLrs
+            | Call::VgicV3GetGicConfig
+            | Call::FlushVmContext
+            | Call::TimerSetCntvoff
+            | Call::TracingUnload
+            | Call::TracingUpdateClock
+            | Call::TracingWriteEvent
+            | Call::VgicV5SaveApr
+            | Call::VgicV5RestoreVmcrApr => [odd; 4],
             Call::VcpuLoad => [handle, odd, 0, 0],
             Call::ShareFfa | Call::UnshareFfa => [number, 1 + (odd & 3), 0, 0],
         };
         self.call(call, arguments);
+    }
+
+    /// The words that say what a guest runs with, and those that describe rings of events.
+    fn fill_beside(&mut self, spot: Place, gfn: u64, odd: u64) {
+        for (word, value) in [
+            (HostVcpu::REQUEST, gfn),
+            (HostVcpu::GIC_CONTROL, 1 ^ odd & 0xff00),
+            (HostVcpu::LISTS_USED, gfn ^ odd),
+            (HostVcpu::LISTS, odd),
+        ] {
+            set_word(&self.hyp, spot.host_vcpu(0), word, value);
+        }
+        let [first, second] = spot.ring_pages().map(Hfn::get);
+        for page in [first, second] {
+            self.call(Call::ShareHyp, [page, 0, 0, 0]);
+        }
+        let words = [1, 2, first, second ^ odd];
+        self.hyp.host_writes(spot.ring_description(), &words);
     }
 
     /// The joint states, and that guests and records agree page by page.
@@ -178,6 +225,7 @@ impl World<'_> {
     /// Ends everything; every page must be the host's again.
     fn finish(&mut self) {
         let _ = self.hyp.vcpu_put();
+        self.hyp.tracing_unload();
         for number in 0..255 {
             let handle = Handle::new(0x1000 + number).unwrap();
             let _ = self.hyp.unreserve_vm(handle);
@@ -258,7 +306,7 @@ proptest! {
     #[test]
     fn numbers_that_mean_nothing_change_nothing_that_they_should_not(
         calls in proptest::collection::vec(
-            (prop_oneof![any::<u64>(), FUNCTION_BASE..FUNCTION_BASE + 64], any::<[u64; 5]>()),
+            (prop_oneof![any::<u64>(), FUNCTION_BASE..FUNCTION_BASE + 96], any::<[u64; 5]>()),
             1..60,
         ),
         exits in proptest::collection::vec((any::<u64>(), any::<u64>(), any::<u64>()), 1..20),

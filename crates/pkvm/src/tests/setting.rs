@@ -22,7 +22,7 @@ impl Place {
     }
 
     pub(crate) fn host_vcpu(self, index: u64) -> Hpa {
-        Hpa::new(self.host_vm().get() + 256 + index * 128)
+        Hpa::new(self.host_vm().get() + 512 + index * 512)
     }
 
     pub(crate) fn area(self) -> Hfn {
@@ -39,6 +39,16 @@ impl Place {
 
     pub(crate) fn record_page(self) -> Hfn {
         Ram::page(self.0)
+    }
+
+    /// Where the host describes rings of events, in the records' page.
+    pub(crate) fn ring_description(self) -> Hpa {
+        Hpa::new(self.host_vm().get() + 3072)
+    }
+
+    /// Pages for such a ring.
+    pub(crate) fn ring_pages(self) -> [Hfn; 2] {
+        [Ram::page(self.0 + 6), Ram::page(self.0 + 7)]
     }
 }
 
@@ -111,8 +121,8 @@ pub(crate) fn with<T>(
 pub(crate) fn stage2(hyp: &Hyp<'_>, handle: Handle) -> Stage2 {
     let mut found = None;
     with(hyp, handle, || {
-        hyp.vcpu_run(&mut |_, stage2| {
-            found = Some(stage2);
+        hyp.vcpu_run(&mut |_, context| {
+            found = Some(context.stage2);
             Exit::Interrupt
         })
     })
@@ -143,6 +153,18 @@ pub(crate) fn guest_call(hyp: &Hyp<'_>, handle: Handle, x: [u64; 4]) -> Option<u
     })
     .unwrap();
     answer
+}
+
+/// A word of the host's memory.
+pub(crate) fn word(hyp: &Hyp<'_>, address: Hpa, number: usize) -> u64 {
+    let index = address.page_offset() as usize / 8 + number;
+    let word = hyp.platform().word(address.frame(), index);
+    word.load(std::sync::atomic::Ordering::SeqCst)
+}
+
+/// Changes a word of it.
+pub(crate) fn set_word(hyp: &Hyp<'_>, address: Hpa, number: usize, value: u64) {
+    hyp.host_writes(Hpa::new(address.get() + number as u64 * 8), &[value]);
 }
 
 /// Ends a VM and gives the records' page back.

@@ -60,6 +60,13 @@ build_identity:
     ldr x1, =el2_level2
     orr x2, x1, #3
     str x2, [x0, #8]
+    // After memory, 2 MiB for devices that the host asks to be mapped.
+    ldr x3, =el2_private2
+    orr x2, x3, #3
+    str x2, [x0, #16]
+    ldr x2, =el2_private3
+    orr x2, x2, #3
+    str x2, [x3]
     ldr x2, =el2_level3
     mov x3, #256
 1:  orr x4, x2, #3
@@ -89,6 +96,7 @@ build_identity:
 
 .text
 .balign 2048
+.global vectors
 vectors:
     // From EL2 itself: never.
     .rept 8
@@ -102,6 +110,40 @@ vectors:
     .rept 4
     entry own_exception
     .endr
+
+// The same ways in, but first what the lower level left in the branch history is overwritten, so that
+// it cannot steer what EL2 speculates on.
+.balign 2048
+.global hardened_vectors
+hardened_vectors:
+    .rept 8
+    entry own_exception
+    .endr
+    entry hardened_left
+    entry hardened_left_by_interrupt
+    entry hardened_left_by_interrupt
+    entry hardened_left_by_interrupt
+    .rept 4
+    entry own_exception
+    .endr
+
+.macro overwrite_history
+    stp x0, x1, [sp, #-16]!
+    mov x0, #32
+1:  b 2f
+2:  subs x0, x0, #1
+    b.ne 1b
+    dsb nsh
+    isb
+    ldp x0, x1, [sp], #16
+.endm
+
+hardened_left:
+    overwrite_history
+    b left
+hardened_left_by_interrupt:
+    overwrite_history
+    b left_by_interrupt
 
 own_exception:
     mrs x0, esr_el2
@@ -248,5 +290,8 @@ save:
 .global el2_level1
 el2_level1: .space 4096
 el2_level2: .space 4096
+el2_private2: .space 4096
+.global el2_private3
+el2_private3: .space 4096
 .global el2_level3
 el2_level3: .space 256 * 4096

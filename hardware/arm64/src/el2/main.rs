@@ -7,6 +7,7 @@
 #![no_main]
 
 mod enter;
+mod gic;
 mod machine;
 mod registers;
 mod start;

@@ -3,7 +3,8 @@
 // UNSAFETY: entry points by name, firmware calls, and the statics that the boot code lays out.
 #![expect(unsafe_code)]
 
-use super::enter::{HCR_HOST, enter, enter_guest};
+use super::enter::{HCR_HOST, TIMER_HOST, enter, enter_guest};
+use super::gic;
 use super::machine::{Machine, RAM_PAGES, RAM_START};
 use super::registers::{read, write};
 use bare::say;
@@ -13,6 +14,7 @@ use core::mem::MaybeUninit;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use twofold_arch::stage2::{Stage2Caps, vtcr, vttbr};
 use twofold_arch::{Hfn, Hpa};
+use twofold_pkvm::exception::{EXTERNAL_ABORT, LENGTH, at_el1, class, synchronous};
 use twofold_pkvm::hypercall::REGISTERS;
 use twofold_pkvm::matrix;
 use twofold_pkvm::platform::Platform;
@@ -190,7 +192,8 @@ extern "C" fn rust_main(processor: u64) -> ! {
     };
     write!("vtcr_el2", vtcr(geometry, hypervisor.caps()));
     write!("vttbr_el2", vttbr(hypervisor.host_root(), 0));
-    write!("cnthctl_el2", 3);
+    write!("cnthctl_el2", TIMER_HOST);
+    gic::take();
     write!("cntvoff_el2", 0);
     write!("sctlr_el1", 0x30d0_0800);
     write!("cpacr_el1", 3 << 20);
@@ -242,8 +245,7 @@ fn serve(hypervisor: &Hypervisor<'static, Machine>, host: &mut Registers, exit: 
         panic!("an interrupt came to EL2 from the host");
     };
     match syndrome >> 26 & 0x3f {
-        // HVC
-        0x16 => {
+        class::HVC => {
             if host.x[0] == AUDIT {
                 return audit(hypervisor, host);
             }
@@ -251,8 +253,7 @@ fn serve(hypervisor: &Hypervisor<'static, Machine>, host: &mut Registers, exit: 
             hypervisor.hypercall(&mut x, &mut enter_guest);
             host.x[..REGISTERS].copy_from_slice(&x);
         }
-        // SMC
-        0x17 => {
+        class::SMC => {
             host.pc += 4;
             host.x[0] = match host.x[0] {
                 // The status is 0 for whoever knows nothing of it.
@@ -265,8 +266,7 @@ fn serve(hypervisor: &Hypervisor<'static, Machine>, host: &mut Registers, exit: 
                 _ => u64::MAX,
             };
         }
-        // Aborts
-        0x20 | 0x24 => {
+        class::INSTRUCTION_ABORT | class::DATA_ABORT => {
             let address = (hpfar >> 4 & ((1 << 40) - 1)) << 12 | far & 0xfff;
             match hypervisor.host_fault(Hpa::new(address)) {
                 HostFault::Mapped { .. } | HostFault::Spurious => {
@@ -306,9 +306,11 @@ fn start_second(host: &Registers) -> u64 {
 fn inject(host: &mut Registers, syndrome: u64, far: u64) {
     const MARK: u64 = 1 << 7;
     const STATUS: u64 = 0x3f;
-    const EXTERNAL_ABORT: u64 = 0x10;
-    let from_el1 = host.pstate >> 2 & 3 == 1;
-    let own_class = if from_el1 { 1 << 26 } else { 0 };
+    let own_class = if at_el1(host.pstate) {
+        class::SAME_LEVEL << 26
+    } else {
+        0
+    };
     let syndrome = if LINUX_HOST.load(Ordering::Relaxed) {
         syndrome & !(MARK | STATUS) | EXTERNAL_ABORT
     } else {
@@ -320,19 +322,15 @@ fn inject(host: &mut Registers, syndrome: u64, far: u64) {
 
 /// The host's instruction is undefined.
 fn inject_undefined(host: &mut Registers) {
-    const LENGTH: u64 = 1 << 25;
-    take_exception(host, LENGTH);
+    take_exception(host, class::UNKNOWN << 26 | LENGTH);
 }
 
-/// What the processor does when EL1 takes an exception.
+/// The host takes an exception; EL1's registers are in the processor.
 fn take_exception(host: &mut Registers, syndrome: u64) {
     write!("esr_el1", syndrome);
     write!("elr_el1", host.pc);
     write!("spsr_el1", host.pstate);
-    let from_el1 = host.pstate >> 2 & 3 == 1;
-    let offset = if from_el1 { 0x200 } else { 0x400 };
-    host.pc = read!("vbar_el1").wrapping_add(offset);
-    host.pstate = 0x3c5;
+    (host.pc, host.pstate) = synchronous(host.pstate, read!("sctlr_el1"), read!("vbar_el1"));
 }
 
 fn audit(hypervisor: &Hypervisor<'static, Machine>, host: &mut Registers) {

@@ -571,7 +571,7 @@ fn nonsense(pages: &mut Pages) {
         let function = if round % 4 == 0 {
             random()
         } else {
-            FUNCTION_BASE + random() % 64
+            FUNCTION_BASE + random() % 96
         };
         if function == 0xc600_ff00 {
             continue;
