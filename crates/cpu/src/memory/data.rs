@@ -178,6 +178,9 @@ impl Core {
     fn store_slow<T: Datum>(&mut self, linear: u64, value: T, set: Set) -> Result<(), Trap> {
         self.note_access(linear, T::SIZE as u64, true);
         if (linear & !PAGE_MASK) + T::SIZE as u64 <= 1 << super::PAGE_SHIFT {
+            if let Some(place) = self.mem.sub_pages.place(set, linear, T::SIZE as u64) {
+                return self.store_host(place, value);
+            }
             let target = self.translate_data(linear, T::SIZE as u64, true, set)?;
             return match target.place {
                 Place::Host(place) => {

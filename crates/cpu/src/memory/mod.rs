@@ -37,6 +37,7 @@ use access::Vanished;
 use mmio::Mmio;
 use stage1::{Failure, GuestTables, LinearAccess, Mapping, Paging, Upper};
 use stage2::{GuestAccess, HostPage, Operation, Purpose, Rights, WalkCache, Walker};
+use sub_page::WriteCache;
 use tlb::{Allowed, Set, Tlb};
 use twofold_arch::{Gpa, Hpa, sppt};
 
@@ -73,6 +74,8 @@ pub(crate) struct Memory {
     directories: Box<[Option<(u64, Upper)>; DIRECTORIES]>,
     walker: Walker,
     walk_cache: WalkCache,
+    /// Pages that were written by sub-page permissions.
+    sub_pages: WriteCache,
     /// Where EPT dirty flags that are set are logged.
     pub(crate) pml: Option<Pml>,
     /// Whether violations become #VE.
@@ -128,6 +131,7 @@ impl Memory {
             directories: Box::new([None; DIRECTORIES]),
             walker: Walker::none(machine),
             walk_cache: WalkCache::new(),
+            sub_pages: WriteCache::new(),
             pml: None,
             ve: None,
             ve_instruction_length: 0,
@@ -193,6 +197,7 @@ impl Core {
     /// concerns paging.
     pub(crate) fn flush_tlb(&mut self) {
         self.mem.tlb.flush();
+        self.mem.sub_pages.flush();
         self.mem.directories.fill(None);
         self.mem.paging = Paging::new(self.cr0, self.cr3, self.cr4, self.efer, self.physical_bits)
             .with_keys(self.cr4, self.msrs.pkru);
@@ -204,6 +209,7 @@ impl Core {
     /// Forgets the translation of one linear address (INVLPG).
     pub(crate) fn flush_page(&mut self, linear: u64) {
         self.mem.tlb.flush_page(linear);
+        self.mem.sub_pages.flush();
         // INVLPG invalidates what is cached of upper levels for all addresses.
         self.mem.directories.fill(None);
         self.epoch += 1;
@@ -244,6 +250,7 @@ impl Core {
             } else if pending.contains(Request::DROP_WRITES) {
                 self.line.clear(Request::DROP_WRITES);
                 self.mem.tlb.drop_writes();
+                self.mem.sub_pages.flush();
             }
             self.line.enter();
         }
@@ -459,17 +466,24 @@ impl Core {
                     )),
             execute: false,
         };
+        let addend = (host as u64).wrapping_sub(linear & PAGE_MASK);
+        if let Some(vector) = page.vector
+            && mapping.dirty
+            && !code
+        {
+            self.mem.sub_pages.fill(set, linear, addend, vector);
+        }
         self.mem.tlb.fill(
             set,
             linear,
-            (host as u64).wrapping_sub(linear & PAGE_MASK),
+            addend,
             allowed,
             (mapping.size > 1 << PAGE_SHIFT).then_some(mapping.size),
         );
         Ok(Target {
             place: Place::Host(host + (linear & !PAGE_MASK) as usize),
             code,
-            sub_page: write && !page.rights.contains(Rights::WRITE),
+            sub_page: page.vector.is_some(),
         })
     }
 

@@ -93,6 +93,8 @@ pub(crate) struct HostPage {
     pub(crate) rights: Rights,
     /// The leaf's dirty flag is set, or there is none to set.
     pub(crate) dirty: bool,
+    /// Where the sub-page permissions are that allowed this access, if they did.
+    pub(crate) vector: Option<usize>,
 }
 
 /// What an entry means, whatever its format.
@@ -696,6 +698,7 @@ fn descend<F: Format>(
                 level = below;
                 continue;
             }
+            let mut vector = None;
             if !rights.contains(wanted) {
                 let Some(sppt) = sub_pages(format, entry, level, rights, access) else {
                     return refuse(Failure::Denied {
@@ -706,7 +709,7 @@ fn descend<F: Format>(
                 };
                 let maxphyaddr = machine.config().maxphyaddr;
                 match sub_page::judge(machine, sppt, maxphyaddr, access.gpa, access.bytes)? {
-                    Verdict::Allowed => {}
+                    Verdict::Allowed { vector: place } => vector = Some(place),
                     Verdict::Denied(distance) => {
                         return Err(Stop::SubPageDenied {
                             rights,
@@ -750,6 +753,7 @@ fn descend<F: Format>(
                 hpa: Hpa::new(hpa.get() | inside),
                 rights,
                 dirty,
+                vector,
             };
             return Ok((page, last));
         }

@@ -8,6 +8,8 @@
 //! walk never is.
 
 use super::stage2::{Stop, read_entry};
+use super::tlb::Set;
+use super::{PAGE_MASK, PAGE_SHIFT};
 use crate::machine::Machine;
 use std::fmt;
 use twofold_arch::sppt::{SUB_PAGE_BYTES, SpptEntry, WriteVector};
@@ -36,7 +38,10 @@ impl std::error::Error for InvalidSppt {}
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Verdict {
     /// Every sub-page that it touches may be written.
-    Allowed,
+    Allowed {
+        /// The address of the page's permissions in this process.
+        vector: usize,
+    },
     /// The byte at this distance from the first is the first that must not be written.
     Denied(u64),
     /// A table is missing: exit reason 66 with bit 11 of its qualification.
@@ -68,18 +73,90 @@ pub(super) fn judge(
             SpptEntry::Table(below) => below,
         };
     }
-    Ok(
-        match WriteVector(entry_of(table, Level::L4K)?).access_map() {
-            None => Verdict::Misconfigured,
-            Some(map) => {
-                let offset = gpa & (PAGE_SIZE - 1);
-                match map.first_denied(offset, bytes) {
-                    None => Verdict::Allowed,
-                    Some(denied) => Verdict::Denied(denied - offset),
-                }
-            }
-        },
-    )
+    let vector = machine.host(table) + Level::L4K.index(gfn) * size_of::<u64>();
+    let Some(map) = WriteVector(read_entry(vector)?).access_map() else {
+        return Ok(Verdict::Misconfigured);
+    };
+    let offset = gpa & (PAGE_SIZE - 1);
+    Ok(match map.first_denied(offset, bytes) {
+        None => Verdict::Allowed { vector },
+        Some(denied) => Verdict::Denied(denied - offset),
+    })
+}
+
+/// Where the permissions of a page are that was written by them before.
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    /// Which page and whose translation; 0 for none.
+    tag: u64,
+    /// Added to a linear address, wrapping, it gives the address in this process.
+    addend: u64,
+    /// The address of the vector in this process.
+    vector: usize,
+}
+
+/// What the processor keeps of pages that it wrote by sub-page permissions: the translation, and
+/// where the permissions are. Never the permissions themselves, which are read for each write.
+///
+/// A page is only kept when its dirty flags are set in both stages and no code was decoded from it.
+/// Goes with every flush, and with every drop of permissions to write.
+pub(super) struct WriteCache {
+    pages: [Known; Self::COUNT],
+    is_empty: bool,
+}
+
+impl WriteCache {
+    const COUNT: usize = 16;
+    const NONE: Known = Known {
+        tag: 0,
+        addend: 0,
+        vector: 0,
+    };
+
+    pub(super) const fn new() -> Self {
+        Self {
+            pages: [Self::NONE; Self::COUNT],
+            is_empty: true,
+        }
+    }
+
+    /// Never 0: bit 11 is no part of a page's address.
+    const fn tag(set: Set, linear: u64) -> u64 {
+        linear & PAGE_MASK | 1 << 11 | set as u64
+    }
+
+    fn slot(linear: u64) -> usize {
+        (linear >> PAGE_SHIFT) as usize & (Self::COUNT - 1)
+    }
+
+    pub(super) fn fill(&mut self, set: Set, linear: u64, addend: u64, vector: usize) {
+        self.pages[Self::slot(linear)] = Known {
+            tag: Self::tag(set, linear),
+            addend,
+            vector,
+        };
+        self.is_empty = false;
+    }
+
+    /// Where to write `bytes` at `linear`, all in one page, if that page is known and its
+    /// permissions allow that now.
+    #[inline]
+    pub(super) fn place(&self, set: Set, linear: u64, bytes: u64) -> Option<usize> {
+        let known = self.pages[Self::slot(linear)];
+        if known.tag != Self::tag(set, linear) {
+            return None;
+        }
+        let map = WriteVector(read_entry(known.vector).ok()?).access_map()?;
+        map.allows(linear & !PAGE_MASK, bytes)
+            .then(|| linear.wrapping_add(known.addend) as usize)
+    }
+
+    #[inline]
+    pub(super) fn flush(&mut self) {
+        if !self.is_empty {
+            *self = Self::new();
+        }
+    }
 }
 
 /// Bytes from `linear` to the end of its sub-page.

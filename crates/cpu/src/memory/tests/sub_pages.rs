@@ -141,19 +141,23 @@ fn a_table_that_is_missing_is_a_miss_and_a_reserved_bit_a_misconfiguration() {
     let core = &mut cpu.core;
     host.protect(0x20, u32::MAX);
     let place = 0x20_ff8;
-    let store = |core: &mut Core| match core.store(place, 1u64) {
-        Ok(()) => None,
-        result => match exit_of(core, result) {
-            Exit::SecondStage(SecondStageFault::SpptMiss { gpa, gla }) => {
-                assert_eq!((gpa.get(), gla), (place, place));
-                Some("miss")
-            }
-            Exit::SecondStage(SecondStageFault::SpptMisconfiguration { gpa, gla }) => {
-                assert_eq!((gpa.get(), gla), (place, place));
-                Some("misconfiguration")
-            }
-            other => panic!("{other:?}"),
-        },
+    let store = |core: &mut Core| {
+        // What is cached of the table's upper levels goes with a flush.
+        core.flush_all();
+        match core.store(place, 1u64) {
+            Ok(()) => None,
+            result => match exit_of(core, result) {
+                Exit::SecondStage(SecondStageFault::SpptMiss { gpa, gla }) => {
+                    assert_eq!((gpa.get(), gla), (place, place));
+                    Some("miss")
+                }
+                Exit::SecondStage(SecondStageFault::SpptMisconfiguration { gpa, gla }) => {
+                    assert_eq!((gpa.get(), gla), (place, place));
+                    Some("misconfiguration")
+                }
+                other => panic!("{other:?}"),
+            },
+        }
     };
     assert_eq!(store(core), None);
     for level in 0..3 {
@@ -389,6 +393,93 @@ fn there_is_no_table_where_a_processor_would_not_take_one() {
     let mut cpu = host.paged(&host.machine());
     assert!(cpu.set_sppt(Some(Hpa::new(host.hpa(SPPT)))).is_err());
     assert_eq!(cpu.set_sppt(None), Ok(()));
+}
+
+#[test]
+fn what_is_kept_of_a_protected_page_goes_with_the_translation() {
+    let host = Host::new(SecondStageKind::Ept);
+    let machine = host.machine();
+    let mut cpu = host.guarded(&machine);
+    let core = &mut cpu.core;
+    host.protect(0x20, u32::MAX);
+    let misses = |core: &Core| core.counters.tlb_misses;
+    let store = |core: &mut Core| {
+        let before = misses(core);
+        core.store(0x20_008, 1u64).unwrap();
+        misses(core) - before
+    };
+    assert_eq!(
+        (store(core), store(core)),
+        (1, 0),
+        "the second time it is known"
+    );
+    // INVLPG, and the guest moves the page.
+    host.put(11, 0x20, 0x30 << 12 | 0x67);
+    core.flush_page(0x20_000);
+    core.store(0x20_008, 2u64).unwrap();
+    assert_eq!((host.get(0x20, 1), host.get(0x30, 1)), (1, 2));
+    host.put(11, 0x20, 0x20 << 12 | 0x67);
+    core.flush_tlb();
+    assert_eq!((store(core), store(core)), (1, 0));
+    // Another privilege level's rights are its own.
+    host.put(11, 0x20, 0x20 << 12 | 0x63);
+    core.flush_tlb();
+    store(core);
+    core.user = true;
+    core.update_rights();
+    let result = core.store(0x20_008, 1u64);
+    assert_eq!(fault_of(core, result).0, vector::PF);
+    core.user = false;
+    core.update_rights();
+    assert_eq!(store(core), 0);
+    // Code that is decoded from the page: each store has to be announced from then on.
+    core.line.enter();
+    core.fetch(0x20_000).unwrap();
+    core.line.leave();
+    let before = machine.code().generation();
+    core.store(0x20_008, 1u64).unwrap();
+    core.store(0x20_008, 1u64).unwrap();
+    assert_eq!(machine.code().generation(), before + 2);
+}
+
+#[test]
+fn a_denial_becomes_a_virtualization_exception_if_the_leaf_does_not_suppress_it() {
+    let host = Host::new(SecondStageKind::Ept);
+    let machine = host.machine();
+    let mut cpu = host.guarded(&machine);
+    cpu.core.cr0 |= cr0::PE;
+    let page = Hpa::new(host.hpa(LOG));
+    for (suppressed, miss) in [(true, false), (false, false), (false, true)] {
+        host.put(LOG, 0, 0);
+        cpu.set_ve(Some(VeControl {
+            page,
+            intercept: false,
+        }));
+        host.protect(0x20, 1);
+        if suppressed {
+            host.put(3, 0x20, host.get(3, 0x20) | EptFlags::SUPPRESS_VE.bits());
+        }
+        let path = host.sppt();
+        if miss {
+            host.put(SPPT + 2, 0, 0);
+        }
+        cpu.set_sppt(Some(path)).unwrap();
+        let core = &mut cpu.core;
+        let result = core.store(0x20_0fc, 1u64);
+        if miss {
+            // Exit reason 66 is no EPT violation, and never converted.
+            assert!(matches!(
+                exit_of(core, result),
+                Exit::SecondStage(SecondStageFault::SpptMiss { .. })
+            ));
+        } else if suppressed {
+            assert_eq!(denied_at(exit_of(core, result)), 0x20_0fc);
+        } else {
+            assert_eq!(fault_of(core, result).0, vector::VE);
+            // Linear and guest-physical address, in the information page.
+            assert_eq!((host.get(LOG, 2), host.get(LOG, 3)), (0x20_0fc, 0x20_0fc));
+        }
+    }
 }
 
 #[test]
