@@ -41,6 +41,8 @@ pub(crate) static PML: Parameter = Parameter {
     needs: Some(&EPTAD),
     text: OnceLock::new(),
 };
+/// Whether #VE is switched on for normal guests, to prove that none is ever raised.
+pub(crate) static PROVE_VE: Parameter = Parameter::flag("TWOFOLD_PROVE_VE", false);
 
 impl Parameter {
     const fn flag(variable: &'static str, default: bool) -> Self {

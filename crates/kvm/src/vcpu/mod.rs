@@ -10,6 +10,7 @@ mod lapic;
 mod msr;
 mod msr_exit;
 mod prefault;
+mod prove_ve;
 mod registers;
 mod run;
 mod run_page;
@@ -74,6 +75,8 @@ pub(crate) struct VcpuState {
     cpu: Cpu,
     /// Where the processor writes down what it writes to.
     write_log: Option<WriteLog>,
+    /// Where the processor tells of #VE, if it is to prove that there is none.
+    ve_page: Option<prove_ve::VePage>,
     reader: Reader,
     root: Option<Root>,
     /// What the vCPU is to the TDX module, once `INIT_VCPU` has made it known there.
@@ -118,9 +121,10 @@ impl VcpuCore {
         cpu.set_pml(write_log.as_ref().map(|log| Pml::empty(log.page())));
         let is_bsp = id == vm.boot_cpu_id();
         let irqchip = vm.irqchip_model();
-        let state = VcpuState {
+        let mut state = VcpuState {
             reader,
             write_log,
+            ve_page: None,
             root: None,
             asks_sub_pages: false,
             answer: Answer::None,
@@ -141,6 +145,9 @@ impl VcpuCore {
             td: None,
             cpu,
         };
+        if prove_ve::wanted(vm) {
+            state.prove_ve();
+        }
         let core = Arc::new(Self {
             id,
             run,

@@ -198,6 +198,10 @@ impl Vcpu {
                 Exit::Rdmsr { index } => self.read_msr(state, index),
                 Exit::Wrmsr { index, value } => self.write_msr(state, index, value),
                 Exit::Hypercall { .. } => self.hypercall(state),
+                Exit::Tdcall => self.td_vmcall(state)?,
+                Exit::VirtualizationException(info) => {
+                    return Err(self.unexpected_ve(state, &info));
+                }
                 // The local APIC's interrupt is delivered on the way back.
                 Exit::InterruptWindow if !page.request_interrupt_window() => Next::Enter,
                 Exit::InterruptWindow => {
