@@ -222,7 +222,8 @@ impl Cpu {
     /// [`Exit::Intercepted`].
     ///
     /// These are HLT, port I/O, VMCALL, MONITOR, MWAIT, INVD, WBINVD, RDMSR and WRMSR of registers
-    /// that the processor does not hold and of the time stamp counter (reading it is allowed), and
+    /// that the processor does not hold (but not those of the local APIC that processors virtualise) and
+    /// of the time stamp counter (reading it is allowed), and
     /// CPUID of leaves that [the table](Self::set_cpuid) does not have. VMMCALL is #UD. Addresses in
     /// the guest's tables may have 52 bits.
     pub fn set_td(&mut self, on: bool) {

@@ -151,6 +151,12 @@ impl Core {
     }
 }
 
+/// The local APIC's registers that a TD reaches without asking anybody: task and processor priority,
+/// end of interrupt, which interrupts there are, and interrupting itself.
+const fn is_virtual_apic(index: u32) -> bool {
+    matches!(index, 0x808 | 0x80a | 0x80b | 0x810..=0x827 | 0x83f)
+}
+
 fn rdmsr(core: &mut Core, op: &Op) -> Result<(), Trap> {
     core.require_ring_0()?;
     let index: u32 = core.reg(RCX);
@@ -163,7 +169,9 @@ fn rdmsr(core: &mut Core, op: &Op) -> Result<(), Trap> {
         set_pair(core, value);
         return Ok(());
     }
-    core.td_intercepts(op, reason::RDMSR)?;
+    if !is_virtual_apic(index) {
+        core.td_intercepts(op, reason::RDMSR)?;
+    }
     if let Pending::Rdmsr {
         index: asked,
         answer: Some(answer),
@@ -202,7 +210,9 @@ fn wrmsr(core: &mut Core, op: &Op) -> Result<(), Trap> {
         core.stop = true;
         return result;
     }
-    core.td_intercepts(op, reason::WRMSR)?;
+    if !is_virtual_apic(index) {
+        core.td_intercepts(op, reason::WRMSR)?;
+    }
     if let Pending::Wrmsr {
         index: asked,
         answer: Some(accepted),

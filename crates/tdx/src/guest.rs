@@ -4,6 +4,7 @@
 #![expect(unsafe_code)]
 
 use crate::legality::{ACCEPTABLE, Function};
+use crate::measurement::DIGEST;
 use crate::module::{Module, PageInfo};
 use crate::platform::{Platform, Point};
 use crate::sept::{SeptEntry, Side, State};
@@ -125,6 +126,11 @@ impl<'m, P: Platform> Entered<'m, P> {
             max_vcpus: u32::from(params.max_vcpus),
             index: self.vcpu.index,
         })
+    }
+
+    /// MRTD, the measurement of the TD's initial memory (a metadata field that TDG.VM.RD reads).
+    pub fn measurement(&self) -> Option<[u8; DIGEST]> {
+        self.vcpu.td.digest.get().copied()
     }
 
     /// TDG.MEM.PAGE.ACCEPT of the page whose address and level are in `rcx`: makes a page that waits

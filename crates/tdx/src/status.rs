@@ -88,6 +88,8 @@ statuses! {
     VCPU_STATE_INCORRECT = 0xc000_0700;
     /// The virtual processor is on another logical processor.
     VCPU_ASSOCIATED = 0x8000_0701;
+    /// There is no information about a #VE that the guest has not taken.
+    NO_VALID_VE_INFO = 0xc000_0704;
     /// Virtual processors were not flushed from their logical processors.
     FLUSHVP_NOT_DONE = 0x8000_0824;
     /// The key is not in the state that this needs.
@@ -110,6 +112,8 @@ statuses! {
     EPT_ENTRY_STATE_INCORRECT = 0xc000_0b0d;
     /// A table to be removed still maps something.
     EPT_PAGE_NOT_FREE = 0xc000_0b0e;
+    /// There is no metadata field with this number, or the caller may not read it.
+    METADATA_FIELD_ID_INCORRECT = 0xc000_0c00;
     /// The virtual processor cannot go on.
     NON_RECOVERABLE_VCPU = 0x4000_0001;
     /// The TD cannot go on.

@@ -32,4 +32,4 @@ mod vm;
 
 pub(crate) use life::{Stage, Td, TdVcpu};
 pub(crate) use platform::{ProcessPlatform, lock_for_fork, unlock_after_fork};
-pub(crate) use protected::refuses;
+pub(crate) use protected::{emulates_msr, is_read_only_msr, refuses};

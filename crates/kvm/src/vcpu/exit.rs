@@ -1,5 +1,7 @@
 //! What a return to the program asks of it, and what it answers.
 
+use super::tdcall::VmcallAnswer;
+
 /// What the program has to supply, or has been told, before the guest goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub(super) enum Answer {
@@ -22,4 +24,6 @@ pub(super) enum Answer {
     Wrmsr,
     /// The result of a hypercall.
     Hypercall,
+    /// What a trust domain's guest asked of KVM by TDG.VP.VMCALL.
+    Vmcall(VmcallAnswer),
 }

@@ -30,30 +30,56 @@ impl Vcpu {
         let number = narrow(regs.rax);
         let arguments = [narrow(regs.rbx), narrow(regs.rcx), narrow(regs.rdx)];
         let result = if state.is_user() {
-            KVM_EPERM.wrapping_neg()
+            Some(KVM_EPERM.wrapping_neg())
         } else {
-            match number {
-                KVM_HC_VAPIC_POLL_IRQ => 0,
-                KVM_HC_MAP_GPA_RANGE
-                    if self
-                        .vm
-                        .hypercall_exits()
-                        .contains(HypercallExits::MAP_GPA_RANGE) =>
-                {
-                    let [gpa, pages, _] = arguments;
-                    let gfn = gpa / PAGE_SIZE;
-                    if gpa.is_multiple_of(PAGE_SIZE) && gfn.wrapping_add(pages) > gfn {
-                        state.answer = Answer::Hypercall;
-                        let flags = if long_mode { HYPERCALL_LONG_MODE } else { 0 };
-                        self.core.run.set_hypercall(number, arguments, flags);
-                        return Next::Return(kvm_bindings::KVM_EXIT_HYPERCALL);
-                    }
-                    KVM_EINVAL.wrapping_neg()
-                }
-                _ => KVM_ENOSYS.wrapping_neg(),
-            }
+            self.emulate_hypercall(number, arguments, long_mode)
         };
-        state.cpu.complete_hypercall(narrow(result));
-        Next::Enter
+        match result {
+            Some(result) => {
+                state.cpu.complete_hypercall(narrow(result));
+                Next::Enter
+            }
+            None => {
+                state.answer = Answer::Hypercall;
+                Next::Return(kvm_bindings::KVM_EXIT_HYPERCALL)
+            }
+        }
+    }
+
+    /// The result of a hypercall. `None`: the program has to say, and the run page says what.
+    pub(super) fn emulate_hypercall(
+        &self,
+        number: u64,
+        arguments: [u64; 3],
+        long_mode: bool,
+    ) -> Option<u64> {
+        match number {
+            KVM_HC_VAPIC_POLL_IRQ => Some(0),
+            KVM_HC_MAP_GPA_RANGE if self.exits_for_map_gpa() => {
+                let [gpa, pages, _] = arguments;
+                let gfn = gpa / PAGE_SIZE;
+                if gpa.is_multiple_of(PAGE_SIZE) && gfn.wrapping_add(pages) > gfn {
+                    self.exit_for_map_gpa(arguments, long_mode);
+                    None
+                } else {
+                    Some(KVM_EINVAL.wrapping_neg())
+                }
+            }
+            _ => Some(KVM_ENOSYS.wrapping_neg()),
+        }
+    }
+
+    /// Whether the program wants to hear of guests that convert memory.
+    pub(super) fn exits_for_map_gpa(&self) -> bool {
+        let exits = self.vm.hypercall_exits();
+        exits.contains(HypercallExits::MAP_GPA_RANGE)
+    }
+
+    /// Puts a conversion into the run page: address, pages, attributes.
+    pub(super) fn exit_for_map_gpa(&self, arguments: [u64; 3], long_mode: bool) {
+        let flags = if long_mode { HYPERCALL_LONG_MODE } else { 0 };
+        self.core
+            .run
+            .set_hypercall(KVM_HC_MAP_GPA_RANGE, arguments, flags);
     }
 }

@@ -60,7 +60,11 @@ impl Vcpu {
     }
 
     fn run_locked(&self, state: &mut VcpuState) -> Result<(), Errno> {
-        let result = self.prepare(state).and_then(|()| self.enter_guest(state));
+        let result = match self.prepare(state) {
+            Ok(None) => self.enter_guest(state),
+            Ok(Some(reason)) => Ok(reason),
+            Err(error) => Err(error),
+        };
         let page = &self.core.run;
         if page.valid_regs() & SYNC_FIELDS != 0 && result != Err(Errno::INVAL) {
             self.store_sync_regs(state);
@@ -87,8 +91,8 @@ impl Vcpu {
     }
 
     /// What KVM does before it enters the guest: blocked vCPUs wait, registers and answers that
-    /// the program left in the run page are taken.
-    fn prepare(&self, state: &mut VcpuState) -> Result<(), Errno> {
+    /// the program left in the run page are taken. The reason, if the program has to do more.
+    fn prepare(&self, state: &mut VcpuState) -> Result<Option<u32>, Errno> {
         let page = &self.core.run;
         if state.mp_state != KVM_MP_STATE_RUNNABLE {
             self.wait_until_runnable(state)?;
@@ -114,13 +118,13 @@ impl Vcpu {
                 state.cpu.set_cr8(cr8);
             }
         }
-        self.take_answer(state);
-        Ok(())
+        Ok(self.take_answer(state))
     }
 
-    /// Hands the processor what the program supplied for the exit before.
+    /// Hands the processor what the program supplied for the exit before. The reason, if the program
+    /// has to do more.
     #[inline]
-    fn take_answer(&self, state: &mut VcpuState) {
+    fn take_answer(&self, state: &mut VcpuState) -> Option<u32> {
         let page = &self.core.run;
         match std::mem::take(&mut state.answer) {
             Answer::None => {}
@@ -138,7 +142,9 @@ impl Vcpu {
             Answer::Rdmsr => state.cpu.complete_rdmsr(page.msr_answer()),
             Answer::Wrmsr => state.cpu.complete_wrmsr(page.msr_answer().is_some()),
             Answer::Hypercall => state.cpu.complete_hypercall(page.hypercall_result()),
+            Answer::Vmcall(answered) => return self.continue_vmcall(state, answered),
         }
+        None
     }
 
     /// Runs the guest until the program has to know: the exit reason. With `immediate_exit` set it
@@ -285,7 +291,7 @@ impl Vcpu {
         }
         loop {
             let exit = state.cpu.run();
-            if let Some(exit) = tdcall::inside(self, state, &inside, exit) {
+            if let Some(exit) = tdcall::inside(self, state, &inside, exit)? {
                 return Ok(exit);
             }
         }
@@ -409,7 +415,7 @@ impl Vcpu {
         Next::Return(kvm_bindings::KVM_EXIT_MMIO)
     }
 
-    fn halt(&self) -> Next {
+    pub(super) fn halt(&self) -> Next {
         self.core.counters.halt_exits.increment();
         if self.vm.irqchip_model() != Model::None {
             tracing::error!(

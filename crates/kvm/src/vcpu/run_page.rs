@@ -9,8 +9,9 @@ use crate::shared::SharedMemory;
 use crate::usercopy::Plain;
 use kvm_bindings::{
     KVM_DIRTY_LOG_PAGE_OFFSET, KVM_EXIT_DEBUG, KVM_EXIT_HYPERCALL, KVM_EXIT_INTERNAL_ERROR,
-    KVM_EXIT_IO, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_INTERNAL_ERROR_EMULATION,
-    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, kvm_run, kvm_run__bindgen_ty_1,
+    KVM_EXIT_IO, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_SYSTEM_EVENT,
+    KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, kvm_run,
+    kvm_run__bindgen_ty_1,
 };
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
@@ -251,6 +252,18 @@ impl RunPage {
         page.write(exit!(memory_fault.gpa), address);
         page.write(exit!(memory_fault.size), size);
         self.set_exit_reason(KVM_EXIT_MEMORY_FAULT);
+    }
+
+    /// `KVM_EXIT_SYSTEM_EVENT` with up to 16 words of data.
+    pub(crate) fn set_system_event(&self, kind: u32, data: &[u64]) {
+        let data = &data[..data.len().min(16)];
+        let page = &self.0;
+        page.write(exit!(system_event.type_), kind);
+        page.write(exit!(system_event.ndata), data.len() as u32);
+        for (index, word) in data.iter().enumerate() {
+            page.write(exit!(system_event.__bindgen_anon_1) + 8 * index, *word);
+        }
+        self.set_exit_reason(KVM_EXIT_SYSTEM_EVENT);
     }
 
     pub(crate) fn set_hypercall(&self, number: u64, arguments: [u64; 3], flags: u64) {
