@@ -7,6 +7,7 @@
 use crate::format::MmuFormat;
 use crate::host::{Host, PopulateError};
 use crate::invalidation::Snapshot;
+use crate::mmio::MmioFault;
 use crate::mmu::Mmu;
 use crate::reader::{Counter, Half, KnownSlot, Memory, Reader, ReaderState, Sections};
 use crate::region::RegionFlags;
@@ -255,6 +256,10 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         let enough = memory
             .pool
             .fill(self.host(), usize::from(F::MAX_HEIGHT.get()) - 1);
+        if !enough && self.config.mmio == MmioFault::Violation {
+            // Only the entry tells the guest.
+            return Err(FaultError::OutOfMemory);
+        }
         let section = sections.enter();
         let generation = space.generation();
         if space.tree.find(gpa.frame(), &section).is_some() {

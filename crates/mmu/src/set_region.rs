@@ -5,6 +5,7 @@ use crate::filter::{RangeFilter, RangeOperation};
 use crate::format::MmuFormat;
 use crate::guest_memory::GuestMemoryError;
 use crate::host::Host;
+use crate::mmio::MmioFault;
 use crate::mmu::{Mmu, Writer};
 use crate::region::{ADDRESS_SPACES, MAX_SLOT_PAGES, Region, RegionError, RegionFlags, USER_SLOTS};
 use crate::slots::{DirtyBitmap, Slot, SlotInfo};
@@ -272,6 +273,12 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         let space = self.space(&info);
         space.begin_update();
         space.insert(slot, &mut writer.garbage);
+        if self.config.mmio == MmioFault::Violation {
+            // The guest itself is told of such an access, so nobody would find out that the entry
+            // is stale.
+            let _readers = self.synchronize(writer);
+            self.zap_mmio(writer, &info);
+        }
     }
 
     /// Takes a slot away: faults on it retry from now on, its mappings go, then it goes.

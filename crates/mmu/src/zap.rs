@@ -5,6 +5,7 @@ use crate::format::MmuFormat;
 use crate::host::Host;
 use crate::mmu::{Mmu, Writer};
 use crate::root::RootState;
+use crate::slots::SlotInfo;
 use crate::sync::atomic::Ordering;
 use crate::tables::Pages;
 use alloc::sync::Arc;
@@ -176,6 +177,24 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                 cursor.again();
             }
         }
+    }
+
+    /// Takes out what remembers the absence of memory where the slot is now. Nobody caches such an
+    /// entry, so nothing is owed.
+    pub(crate) fn zap_mmio(&self, writer: &Writer<F>, slot: &SlotInfo) {
+        let mut nothing = Debt::none();
+        for root in writer.direct_roots(slot.as_id) {
+            let range = slot.base.address()..slot.end().address();
+            let mut cursor = Cursor::new(self.table_locked(root, writer), range);
+            while let Some(seen) = cursor.next() {
+                if seen.entry::<F>() == Entry::Special
+                    && cursor.table().remove(seen, &mut nothing).is_err()
+                {
+                    cursor.again();
+                }
+            }
+        }
+        self.pay(writer, nothing);
     }
 
     /// Whether the table that `seen` links may go as a whole. Of tables above leaf tables that is not

@@ -11,6 +11,7 @@
 )]
 
 pub mod guarded;
+pub mod td;
 pub mod vm;
 
 use std::collections::{HashMap, HashSet};

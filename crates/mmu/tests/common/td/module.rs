@@ -1,0 +1,346 @@
+//! The TD, as the hypervisor sees it: the real module behind the MMU's hooks, and guests that use
+//! what they have found as long as they are inside.
+
+use super::memory::{BASE, Machine, Memory, PAGE, PAGES, switch_point};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use twofold_arch::ept::{self, EptCaps, EptEntry};
+use twofold_arch::{Gfn, Hpa, Level};
+use twofold_mmu::{ExternalError, ExternalTables, Unknown};
+use twofold_tdx::{
+    Accept, Entered, Failure, Module, PageType, SeptEntry, State, Status, TDCX_PAGES, TDVPX_PAGES,
+};
+
+/// A virtual processor that is inside, and which of its runs this is.
+struct Inside {
+    _entered: Entered<'static, Machine>,
+    run: u64,
+}
+
+/// The TD, as the hypervisor sees it: the MMU's hooks.
+pub struct Td {
+    /// Before the module, which they refer to.
+    inside: Mutex<Vec<Option<Inside>>>,
+    /// Translations of each virtual processor.
+    tlbs: Mutex<Vec<BTreeMap<u64, Hpa>>>,
+    runs: AtomicU64,
+    pub module: Module<Machine>,
+    pub memory: Arc<Memory>,
+    pub tdr: Hpa,
+    vcpus: Vec<Hpa>,
+    held: AtomicBool,
+    /// How often processors were held.
+    pub holds: AtomicU64,
+    pub tracks: AtomicU64,
+    /// The hypervisor has a bug: nobody is made to leave.
+    pub forgets_to_kick: AtomicBool,
+    running: AtomicBool,
+}
+
+fn info(gfn: Gfn, level: Level) -> u64 {
+    gfn.address().get() | u64::from(level.number() - 1)
+}
+
+fn external(failure: Failure) -> ExternalError {
+    match failure.status.may_be_retried() {
+        true => ExternalError::Busy,
+        // Among others what only an error in the order of calls could lead to.
+        false => ExternalError::Refused(failure.status.raw()),
+    }
+}
+
+/// Calls until it is not busy.
+fn insist<T>(call: impl Fn() -> Result<T, Failure>) -> T {
+    loop {
+        match call() {
+            Ok(value) => return value,
+            Err(failure) => assert!(failure.status.may_be_retried(), "{failure:?}"),
+        }
+    }
+}
+
+impl Td {
+    pub fn new(memory: &Arc<Memory>, wide: bool, attributes: u64, vcpus: u64) -> Arc<Self> {
+        let module = Module::new(Machine(Arc::clone(memory)), 32..=63);
+        let tdr = memory.take();
+        module.mng_create(tdr, 32).unwrap();
+        module.mng_key_config(tdr).unwrap();
+        for _ in 0..TDCX_PAGES {
+            module.mng_add_cx(memory.take(), tdr).unwrap();
+        }
+        let params = memory.take();
+        memory.write_params(params, wide, attributes);
+        module.mng_init(tdr, params).unwrap();
+        memory.give_back(params);
+        let vcpus: Vec<_> = (0..vcpus)
+            .map(|number| {
+                let tdvpr = memory.take();
+                module.vp_create(tdvpr, tdr).unwrap();
+                for _ in 0..TDVPX_PAGES {
+                    module.vp_add_cx(memory.take(), tdvpr).unwrap();
+                }
+                module.vp_init(tdvpr, number).unwrap();
+                tdvpr
+            })
+            .collect();
+        Arc::new(Self {
+            inside: Mutex::new(vcpus.iter().map(|_| None).collect()),
+            tlbs: Mutex::new(vcpus.iter().map(|_| BTreeMap::new()).collect()),
+            runs: AtomicU64::new(0),
+            module,
+            memory: Arc::clone(memory),
+            tdr,
+            vcpus,
+            held: AtomicBool::new(false),
+            holds: AtomicU64::new(0),
+            tracks: AtomicU64::new(0),
+            forgets_to_kick: AtomicBool::new(false),
+            running: AtomicBool::new(false),
+        })
+    }
+
+    /// TDH.MR.FINALIZE.
+    pub fn finalize(&self) {
+        insist(|| self.module.mr_finalize(self.tdr));
+        self.running.store(true, Ordering::SeqCst);
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.running.load(Ordering::SeqCst)
+    }
+
+    /// The virtual processor goes inside. `false` if it is not let in now.
+    pub fn enter(&self, vcpu: usize) -> bool {
+        switch_point();
+        if self.held.load(Ordering::SeqCst) || self.run_of(vcpu).is_some() {
+            return false;
+        }
+        let Ok(entered) = self.module.vp_enter(self.vcpus[vcpu]) else {
+            return false;
+        };
+        if entered.must_flush() {
+            self.tlbs.lock().unwrap()[vcpu].clear();
+        }
+        // SAFETY: the module is in the same value, behind `Arc`, and dropped after it.
+        let entered = unsafe {
+            std::mem::transmute::<Entered<'_, Machine>, Entered<'static, Machine>>(entered)
+        };
+        let mut inside = Some(Inside {
+            _entered: entered,
+            run: self.runs.fetch_add(1, Ordering::SeqCst),
+        });
+        switch_point();
+        {
+            // Held while it was on its way in: it leaves at once.
+            let mut all = self.inside.lock().unwrap();
+            if !self.held.load(Ordering::SeqCst) {
+                all[vcpu] = inside.take();
+            }
+        }
+        inside.is_none()
+    }
+
+    pub fn leave(&self, vcpu: usize) {
+        let left = self.inside.lock().unwrap()[vcpu].take();
+        drop(left);
+    }
+
+    /// Which run the virtual processor is in, if it is inside.
+    fn run_of(&self, vcpu: usize) -> Option<u64> {
+        let inside = self.inside.lock().unwrap();
+        inside[vcpu].as_ref().map(|inside| inside.run)
+    }
+
+    fn kick(&self) {
+        for vcpu in 0..self.vcpus.len() {
+            switch_point();
+            self.leave(vcpu);
+        }
+    }
+
+    /// TDG.MEM.PAGE.ACCEPT by a virtual processor that is inside.
+    pub fn accept(&self, vcpu: usize, gfn: u64) -> Option<Accept> {
+        let mut inside = self.inside.lock().unwrap();
+        let entered = inside[vcpu].take()?;
+        drop(inside);
+        let result = entered._entered.accept(info(Gfn::new(gfn), Level::L4K));
+        self.inside.lock().unwrap()[vcpu] = Some(entered);
+        Some(result)
+    }
+
+    /// The guest uses private memory: through a translation that it has, or one that it finds now.
+    /// The page must be the TD's, and stays so until the processor leaves. `None` if it is not
+    /// inside; whether there was a translation.
+    pub fn use_private(&self, vcpu: usize, gfn: u64) -> Option<bool> {
+        loop {
+            let run = self.run_of(vcpu)?;
+            let known = self.tlbs.lock().unwrap()[vcpu].get(&gfn).copied();
+            let page = match known {
+                Some(page) => page,
+                None => {
+                    let (mut table, level) = self.module.sept_root(self.tdr).unwrap();
+                    let mut level = Level::from_number(level).unwrap();
+                    let found = loop {
+                        switch_point();
+                        if self.run_of(vcpu) != Some(run) {
+                            return None;
+                        }
+                        let entry = self.memory.entry(table, level.index(Gfn::new(gfn)));
+                        match ept::decode(entry, level, EptCaps::full(51)) {
+                            EptEntry::NotPresent { .. } => break None,
+                            EptEntry::Table { hpa, .. } => {
+                                table = hpa;
+                                level = level.below().unwrap();
+                            }
+                            EptEntry::Leaf { hpa, .. } => break Some(hpa),
+                            EptEntry::Misconfig(_) => panic!("{entry:#x} is misconfigured"),
+                        }
+                    };
+                    let Some(page) = found else {
+                        return Some(false);
+                    };
+                    page
+                }
+            };
+            // One step with the use: who kicks waits until it is over.
+            if self.run_of(vcpu) == Some(run) {
+                self.tlbs.lock().unwrap()[vcpu].insert(gfn, page);
+                assert!(
+                    self.memory.page_of(gfn) == Some(page) && !self.memory.is_free(page),
+                    "the guest uses a page of gfn {gfn:#x} that the host has"
+                );
+                let owner = self.module.metadata(page).map(|page| page.owner);
+                assert_eq!(owner, Some(self.tdr), "the guest uses a page that went");
+                return Some(true);
+            }
+        }
+    }
+
+    /// The leaf that the Secure EPT has for `gfn`.
+    pub fn secure(&self, gfn: u64) -> Option<(Hpa, State)> {
+        let (mut table, mut level) = self.module.sept_root(self.tdr)?;
+        loop {
+            let index = Level::from_number(level).unwrap().index(Gfn::new(gfn));
+            let entry = SeptEntry::from_raw(self.memory.entry(table, index));
+            assert!(!entry.is_locked(), "a lock was left behind");
+            match entry.state().unwrap() {
+                State::Free => return None,
+                State::NonLeafMapped => {
+                    table = entry.page(level - 1);
+                    level -= 1;
+                }
+                state => {
+                    assert_eq!(level, 1, "{entry:?}");
+                    return Some((entry.page(0), state));
+                }
+            }
+        }
+    }
+
+    /// Pages that belong to the TD, by kind.
+    pub fn owned(&self, kind: PageType) -> BTreeSet<u64> {
+        (0..PAGES)
+            .map(|index| BASE + index * PAGE)
+            .filter(|&page| {
+                let metadata = self.module.metadata(Hpa::new(page));
+                metadata.is_some_and(|page| page.kind == kind)
+            })
+            .collect()
+    }
+
+    pub fn reclaim(&self, page: Hpa) {
+        insist(|| self.module.page_reclaim(page));
+    }
+}
+
+impl ExternalTables for Td {
+    fn link_table(&self, gfn: Gfn, level: Level, page: Hpa) -> Result<(), ExternalError> {
+        self.module
+            .sept_add(info(gfn, level), self.tdr, page)
+            .map_err(external)
+    }
+
+    fn map_leaf(
+        &self,
+        gfn: Gfn,
+        level: Level,
+        hpa: Hpa,
+        source: Option<u64>,
+    ) -> Result<(), ExternalError> {
+        let rcx = info(gfn, level);
+        match source {
+            Some(source) => self.module.page_add(rcx, self.tdr, hpa, Hpa::new(source)),
+            None => self.module.page_aug(rcx, self.tdr, hpa),
+        }
+        .map_err(external)
+    }
+
+    fn block_leaf(&self, gfn: Gfn, level: Level) -> Result<(), ExternalError> {
+        if !self.is_running() {
+            return Ok(());
+        }
+        self.module
+            .range_block(info(gfn, level), self.tdr)
+            .map_err(external)
+    }
+
+    fn track(&self) -> Result<(), ExternalError> {
+        if !self.is_running() {
+            return Ok(());
+        }
+        self.tracks.fetch_add(1, Ordering::SeqCst);
+        self.module.track(self.tdr).map_err(external)?;
+        if !self.forgets_to_kick.load(Ordering::SeqCst) {
+            self.kick();
+        }
+        Ok(())
+    }
+
+    fn remove_leaf(&self, gfn: Gfn, level: Level, hpa: Hpa) -> Result<(), ExternalError> {
+        let page = self
+            .module
+            .page_remove(info(gfn, level), self.tdr)
+            .map_err(external)?;
+        assert_eq!(page, hpa, "the mirror had another page");
+        Ok(())
+    }
+
+    fn hold_vcpus(&self) {
+        assert!(!self.held.swap(true, Ordering::SeqCst), "held already");
+        self.holds.fetch_add(1, Ordering::SeqCst);
+        self.kick();
+    }
+
+    fn release_vcpus(&self) {
+        assert!(self.held.swap(false, Ordering::SeqCst), "not held");
+    }
+
+    fn end(&self) {
+        self.kick();
+        for &tdvpr in &self.vcpus {
+            insist(|| self.module.vp_flush(tdvpr));
+        }
+        insist(|| self.module.mng_vp_flush_done(self.tdr));
+        insist(|| self.module.mng_key_free_id(self.tdr));
+    }
+
+    fn reclaim_leaf(&self, hpa: Hpa, _level: Level) {
+        self.reclaim(hpa);
+    }
+
+    fn reclaim_table(&self, page: Hpa) {
+        self.reclaim(page);
+    }
+
+    fn leaf(&self, gfn: Gfn, level: Level) -> Result<Option<Hpa>, Unknown> {
+        match self.module.sept_read(info(gfn, level), self.tdr) {
+            Ok((entry, level)) => {
+                let leaf = entry.state().is_some_and(State::is_leaf);
+                Ok(leaf.then(|| entry.page(level)))
+            }
+            Err(failure) if failure.status.is(Status::EPT_WALK_FAILED) => Ok(None),
+            Err(_) => Err(Unknown),
+        }
+    }
+}
