@@ -1,7 +1,9 @@
 //! A guest with one processor and 256 KiB of memory.
 
 use crate::support::{Arena, code64, flat_data, task_state};
-use twofold_cpu::{Cpu, Exit, Registers, SecondStageFault, SystemRegisters, TableRegister};
+use twofold_cpu::{
+    Cpu, Exit, Registers, SecondStageFault, SystemRegisters, TableRegister, VeControl,
+};
 
 /// Guest-physical memory: 256 KiB from 0.
 const MEMORY: usize = 0x4_0000;
@@ -23,6 +25,15 @@ impl Guest {
     /// Maps a frame of the guest in the second stage, or takes it away.
     pub(crate) fn map(&mut self, frame: u64, present: bool) {
         self.arena.map(frame, present);
+    }
+
+    /// Has violations become #VE, described in the page at `gpa`.
+    pub(crate) fn enable_ve(&mut self, gpa: u64) {
+        let page = self.arena.hpa(gpa >> 12);
+        self.cpu.set_ve(Some(VeControl {
+            page,
+            intercept: false,
+        }));
     }
 
     pub(crate) fn write(&mut self, gpa: usize, bytes: &[u8]) {

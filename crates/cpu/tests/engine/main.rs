@@ -10,3 +10,5 @@ mod modes;
 mod sub_pages;
 #[path = "../support/mod.rs"]
 mod support;
+mod trust_domain;
+mod virtualization_exceptions;
