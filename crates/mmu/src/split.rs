@@ -92,10 +92,11 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         for root in self.roots_of(as_id) {
             let mut position = Some(gfns.start.address());
             while let Some(start) = position {
-                if !pages.fill(self.host(), Pool::CAPACITY) {
+                position = self.split_some(&root, start..gfns.end.address(), &mut pages);
+                // Where nothing is to be split no page is asked for.
+                if position.is_some() && !pages.fill(self.host(), Pool::CAPACITY) {
                     break;
                 }
-                position = self.split_some(&root, start..gfns.end.address(), &mut pages);
             }
         }
         pages.drain(self.host());
@@ -107,7 +108,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         if root.is_obsolete() {
             return None;
         }
-        let mut cursor = Cursor::new(self.table_locked(root, &writer), range);
+        let mut cursor = Cursor::new(self.table_locked(root, &writer), range.clone());
         while let Some(seen) = cursor.next() {
             let height = seen.place().height();
             match seen.entry::<F>() {
@@ -119,7 +120,10 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
                     match self.split_leaf(as_id, &cursor.table(), seen, 0, executable, pages) {
                         // Read it again: a table now, with leaves to split or not.
                         Ok(()) | Err(BuildError::Raced) => cursor.again(),
-                        Err(BuildError::OutOfPages) => return Some(seen.place().gpa()),
+                        // A leaf may begin before the range.
+                        Err(BuildError::OutOfPages) => {
+                            return Some(seen.place().gpa().max(range.start));
+                        }
                     }
                 }
                 _ => {}
