@@ -93,6 +93,10 @@ impl SubPages {
     }
 }
 
+fn frames(gfns: &Range<Gfn>) -> impl Iterator<Item = Gfn> + use<> {
+    (gfns.start.get()..gfns.end.get()).map(Gfn::new)
+}
+
 impl<F: MmuFormat, H: Host> Mmu<F, H> {
     /// Makes sub-page permissions possible: from now on each address space has a table, which
     /// processors load with the root ([`sppt_root`](Self::sppt_root)). Once is enough; there is no
@@ -227,7 +231,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         let Some(space) = self.sub_pages.maps.get(usize::from(as_id)) else {
             return Err(SubPageError::Range);
         };
-        let frames = || (first.get()..).map(Gfn::new).zip(maps.iter().copied());
+        let frames = || frames(&gfns).zip(maps.iter().copied());
         if let Some((private, _)) = frames().find(|(gfn, _)| self.is_private(*gfn)) {
             return Err(SubPageError::Private(private));
         }
@@ -296,7 +300,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         let Some(space) = self.sub_pages.maps.get(usize::from(as_id)) else {
             return Err(SubPageError::Range);
         };
-        for (gfn, map) in (first.get()..).map(Gfn::new).zip(maps) {
+        for (gfn, map) in frames(&gfns).zip(maps) {
             *map = space.get(gfn);
         }
         Ok(())

@@ -1,13 +1,18 @@
 //! Sub-page write protection: a processor that walks the tables knowing only `twofold-arch` is
 //! allowed what the access maps say, on every path by which a leaf is made or changed.
 //!
-#![allow(clippy::unwrap_used, reason = "a test may fail")]
+#![expect(clippy::unwrap_used, reason = "a test may fail")]
 
+mod calls;
 #[path = "../common/mod.rs"]
 mod common;
+mod defects;
+mod paths;
+mod writes_noticed;
 
 use common::guarded::{AT_ONCE, Guarded, Written};
 use common::vm::Vm;
+use twofold_arch::sppt::AccessMap;
 use twofold_mmu::{Config, Ept};
 
 /// Slots are zapped one by one, so that what happens to one is seen.
@@ -25,6 +30,10 @@ fn vm() -> Vm<Ept> {
 /// The guest-physical address of a sub-page of a frame.
 const fn at(gfn: u64, sub_page: u64) -> u64 {
     gfn << 12 | sub_page << 7
+}
+
+fn maps(maps: &[u32]) -> Vec<AccessMap> {
+    maps.iter().map(|map| AccessMap(*map)).collect()
 }
 
 #[test]
