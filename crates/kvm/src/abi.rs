@@ -10,7 +10,7 @@ pub use rustix::io::Errno;
 
 use crate::object::Object;
 use crate::{
-    descriptor, fd_table, fork, ioctl as table, module_file, pagemap, shared, vanishing, vcpu,
+    descriptor, fd_table, fork, ioctl as table, module_file, pagemap, shared, td, vanishing, vcpu,
 };
 use rustix::mm::ProtFlags;
 use std::ffi::{CStr, c_int};
@@ -174,6 +174,21 @@ pub fn fallocate(fd: RawFd, mode: c_int, offset: i64, length: i64) -> Option<Res
 #[inline]
 pub fn before_truncate(fd: RawFd) -> Option<Errno> {
     is_ours(fd).then_some(Errno::INVAL)
+}
+
+/// The measurement of the initial memory (MRTD) of the trust domain behind a VM's descriptor, once it
+/// is finalised. KVM has no call for it; on hardware it is the guest that can prove it.
+pub fn td_measurement(fd: RawFd) -> Option<[u8; 48]> {
+    match fd_table::get(fd)?.object()? {
+        Object::Vm(vm) => vm.td()?.measurement(),
+        _ => None,
+    }
+}
+
+/// Pages of any size that the TDX module has of this process: of trust domains that live, and of
+/// none when there are none.
+pub fn td_pages() -> usize {
+    td::module().pages_in_use()
 }
 
 /// Before a call that changes the program's memory in the range: takes it away from every guest

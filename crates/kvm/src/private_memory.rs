@@ -5,7 +5,7 @@ use crate::guest_memory::{GuestMemory, Reservation};
 use crate::object::Object;
 use crate::vm::Vm;
 use kvm_bindings::{
-    KVM_MEM_GUEST_MEMFD, KVM_MEMORY_ATTRIBUTE_PRIVATE, kvm_memory_attributes,
+    KVM_MEM_GUEST_MEMFD, KVM_MEM_READONLY, KVM_MEMORY_ATTRIBUTE_PRIVATE, kvm_memory_attributes,
     kvm_userspace_memory_region2,
 };
 use rustix::fd::{BorrowedFd, OwnedFd};
@@ -19,6 +19,7 @@ impl Vm {
     /// `KVM_SET_USER_MEMORY_REGION2`
     ///
     /// # Errors
+    /// For a trust domain `EINVAL` for memory that is read-only or has the shared bit in its addresses.
     /// In KVM's order (SPEC 6.10): `EINVAL` for whatever is malformed or names what does not
     /// exist, `EEXIST` for an overlap, `ENOMEM`; then for the guest memory file `EBADF` if there
     /// is no such descriptor, `EINVAL` if it is none of this VM's or too small, `EEXIST` if another
@@ -27,6 +28,14 @@ impl Vm {
         &self,
         region: &kvm_userspace_memory_region2,
     ) -> Result<(), Errno> {
+        if let Some(td) = self.td() {
+            let last = region
+                .guest_phys_addr
+                .saturating_add(region.memory_size.saturating_sub(1));
+            if region.flags & KVM_MEM_READONLY != 0 || last & td.shared_bit().unwrap_or(0) != 0 {
+                return Err(Errno::INVAL);
+            }
+        }
         let has_file = region.flags & KVM_MEM_GUEST_MEMFD != 0;
         let (offset, size) = (region.guest_memfd_offset, region.memory_size);
         if has_file && (!offset.is_multiple_of(PAGE_SIZE) || offset.checked_add(size).is_none()) {

@@ -10,9 +10,10 @@ use twofold_arch::sppt::AccessMap;
 use twofold_arch::{Gfn, Gpa, Hpa, Level};
 use twofold_cpu::{Machine, MachineConfig, SecondStage, SecondStageKind};
 use twofold_mmu::{
-    AttributeError, Config, DirtyLogError, DirtyRingError, Ept, Fault, FaultError,
-    GuestMemoryError, ManualProtect, Mmu, Npt, OutOfMemory, Outcome, PendingChange, PrefaultError,
-    Reader, Region, RegionError, RingMemory, Root, RootRole, SlotInfo, Stats, SubPageError,
+    AttributeError, Config, DirtyLogError, DirtyRingError, Ept, ExternalTables, Fault, FaultError,
+    GuestMemoryError, ManualProtect, MirrorError, MmioFault, Mmu, Npt, OutOfMemory, Outcome,
+    PendingChange, PrefaultError, Reader, Region, RegionError, RingMemory, Root, RootRole,
+    SlotInfo, Stats, SubPageError, TdRoots,
 };
 
 /// Bits of a host-physical address in the entries. They are this process's virtual addresses.
@@ -74,13 +75,20 @@ macro_rules! either {
 impl Tables {
     pub(crate) fn new(kind: Kind, vm_type: VmType, machine: Arc<Machine>) -> Self {
         let host = ProcessMemory::new(machine);
+        // The module neither sets accessed and dirty bits nor logs; the half that is shared follows
+        // the same control.
+        let is_td = vm_type == VmType::TrustDomain;
         let config = Config {
             maxphyaddr: HOST_ADDRESS_BITS,
             private_memory: vm_type.private_memory(),
             // A full zap would take private mappings along.
             slot_zap_all: !vm_type.has_private_memory(),
-            accessed_dirty: parameter::EPTAD.is_on(),
-            pml: parameter::PML.is_on(),
+            mmio: match is_td {
+                true => MmioFault::Violation,
+                false => MmioFault::Misconfiguration,
+            },
+            accessed_dirty: parameter::EPTAD.is_on() && !is_td,
+            pml: parameter::PML.is_on() && !is_td,
             eager_split: parameter::EAGER_PAGE_SPLIT.is_on(),
             nx_huge_pages: parameter::NX_HUGE_PAGES.is_on(),
             ..Config::default()
@@ -98,6 +106,62 @@ impl Tables {
             Self::Ept(mmu) => SecondStage::Ept(Eptp::new(hpa, level, mmu.has_accessed_dirty())),
             Self::Npt(_) => SecondStage::Npt { root: hpa, level },
         }
+    }
+
+    /// Makes the VM a trust domain.
+    pub(crate) fn enable_mirror(
+        &self,
+        shared_bit: u8,
+        tables: Arc<dyn ExternalTables>,
+    ) -> Result<(), MirrorError> {
+        either!(self, mmu => mmu.enable_mirror(shared_bit, tables))
+    }
+
+    /// With which status the TDX module refused what it should not have refused.
+    #[inline]
+    pub(crate) fn bug(&self) -> Option<u64> {
+        either!(self, mmu => mmu.bug())
+    }
+
+    /// The roots for a vCPU of a trust domain; `None` if it is none yet.
+    pub(crate) fn load_td_roots(&self) -> Result<Option<TdRoots>, OutOfMemory> {
+        either!(self, mmu => mmu.load_td_roots())
+    }
+
+    /// Adds a page of a trust domain's initial memory.
+    pub(crate) fn td_add(
+        &self,
+        reader: &mut Reader,
+        roots: &TdRoots,
+        gfn: Gfn,
+        source: u64,
+    ) -> Result<Outcome, FaultError> {
+        either!(self, mmu => mmu.td_add(reader, roots, gfn, source))
+    }
+
+    /// [`fault`](Self::fault) of a trust domain.
+    pub(crate) fn td_fault(
+        &self,
+        reader: &mut Reader,
+        roots: &TdRoots,
+        fault: Fault,
+    ) -> Result<Outcome, FaultError> {
+        either!(self, mmu => mmu.td_fault(reader, roots, fault))
+    }
+
+    /// [`prefault`](Self::prefault) of a trust domain.
+    pub(crate) fn td_prefault(
+        &self,
+        reader: &mut Reader,
+        roots: &TdRoots,
+        gfns: Range<Gfn>,
+    ) -> Result<u64, PrefaultError> {
+        either!(self, mmu => mmu.td_prefault(reader, roots, gfns))
+    }
+
+    /// Whether `gfn` is private.
+    pub(crate) fn is_private(&self, gfn: Gfn) -> bool {
+        either!(self, mmu => mmu.is_private(gfn))
     }
 
     pub(crate) fn set_region(

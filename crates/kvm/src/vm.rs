@@ -150,10 +150,27 @@ impl Vm {
         self.td.as_deref()
     }
 
+    /// Has the trust domain's private memory mapped through the module.
+    ///
+    /// # Errors
+    /// `EIO`; it cannot go on then.
+    pub(crate) fn enable_mirror(&self) -> Result<(), Errno> {
+        let td = self.td.as_ref().ok_or(Errno::IO)?;
+        let params = td.params().ok_or(Errno::IO)?;
+        let tables = Arc::clone(td);
+        self.tables
+            .enable_mirror(params.shared_bit() as u8, tables)
+            .map_err(|error| {
+                td.bug(&error.to_string(), None);
+                Errno::IO
+            })
+    }
+
     /// Whether something went wrong in the VM that should be impossible: nothing works any more.
     #[inline]
     pub(crate) fn is_bugged(&self) -> bool {
-        self.td().is_some_and(Td::is_bugged)
+        self.td()
+            .is_some_and(|td| td.is_bugged() || self.tables.bug().is_some())
     }
 
     /// How many vCPUs the VM may have.
@@ -571,10 +588,6 @@ impl Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        if let Some(td) = self.td() {
-            // Private pages are reclaimed then, rather than removed one by one.
-            td.release_key();
-        }
         VM_COUNT.fetch_sub(1, Ordering::Relaxed);
         summary::remember(self);
     }

@@ -137,6 +137,11 @@ impl<P: Platform> Module<P> {
         self.pamt.get(page)
     }
 
+    /// How many pages, of any size, TDs have.
+    pub fn pages_in_use(&self) -> usize {
+        self.pamt.len()
+    }
+
     /// The TD whose root page this is.
     pub(crate) fn td(&self, tdr: Hpa, operand: Operand) -> Result<Arc<Td>, Status> {
         if !tdr.is_aligned(PAGE_SIZE) {

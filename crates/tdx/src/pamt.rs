@@ -115,6 +115,11 @@ impl Pamt {
         }
     }
 
+    /// How many pages, of any size, are in use.
+    pub(crate) fn len(&self) -> usize {
+        self.pages.lock().len()
+    }
+
     /// How many pages, of any size, belong to `owner`.
     #[cfg(test)]
     pub(crate) fn owned_by(&self, owner: Hpa) -> usize {

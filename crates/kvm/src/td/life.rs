@@ -7,10 +7,11 @@ use crate::table_pool::TablePool;
 use kvm_bindings::kvm_cpuid_entry2;
 use rustix::io::Errno;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 use twofold_arch::Hpa;
 use twofold_cpu::Machine;
+use twofold_tdx::measurement::DIGEST;
 use twofold_tdx::{Failure, Status, TDCX_PAGES, TDVPX_PAGES, TdParams};
 
 /// How often a function that finds a lock taken is called before KVM gives up.
@@ -43,6 +44,10 @@ pub(crate) struct Td {
     vcpus: Mutex<Vec<Hpa>>,
     /// The key is gone, or there was none.
     released: AtomicBool,
+    /// Virtual processors that are inside, or about to be.
+    pub(super) inside: AtomicU32,
+    /// How many keep virtual processors out.
+    pub(super) held: AtomicU32,
     /// Adding initial memory and ending it exclude each other (KVM's `slots_lock`).
     pub(super) building: Mutex<()>,
     /// After what the module may still read of it.
@@ -91,6 +96,8 @@ impl Td {
             control: Mutex::default(),
             vcpus: Mutex::default(),
             released: AtomicBool::new(true),
+            inside: AtomicU32::new(0),
+            held: AtomicU32::new(0),
             building: Mutex::default(),
             pages: TablePool::default(),
         }
@@ -130,9 +137,20 @@ impl Td {
         self.built.get().map(|built| built.tdr).ok_or(Errno::INVAL)
     }
 
+    /// The measurement of its initial memory (MRTD), once it is finalised.
+    pub(crate) fn measurement(&self) -> Option<[u8; DIGEST]> {
+        self.module.measurement(self.tdr().ok()?)
+    }
+
     /// What `INIT_VM` decided, or `None` before it.
     pub(crate) fn params(&self) -> Option<TdParams> {
         self.built.get().map(|built| built.params)
+    }
+
+    /// The bit that makes an address shared, as a number of bytes; `None` before `INIT_VM`.
+    #[inline]
+    pub(crate) fn shared_bit(&self) -> Option<u64> {
+        Some(1 << self.params()?.shared_bit())
     }
 
     /// What CPUID says in the TD. Leaves that are not here raise #VE.
@@ -249,10 +267,15 @@ impl Td {
         })
     }
 
+    /// Whether the TD was created by this process, rather than by the one that forked it.
+    pub(super) fn is_ours(&self) -> bool {
+        self.generation == fork::generation()
+    }
+
     /// Takes the TD's key away: no virtual processor enters again, and its pages can be reclaimed.
     pub(crate) fn release_key(&self) {
         if let Ok(tdr) = self.tdr()
-            && self.generation == fork::generation()
+            && self.is_ours()
         {
             self.release_key_of(tdr);
         }
@@ -294,11 +317,11 @@ impl Td {
 
 impl Drop for Td {
     fn drop(&mut self) {
-        if self.generation == fork::generation() {
+        if self.is_ours() {
             self.release_key();
             self.reclaim();
         }
-        if self.generation != fork::generation() || !self.control.lock().is_empty() {
+        if !self.is_ours() || !self.control.lock().is_empty() {
             // The module may know these pages still: they are never used for anything else.
             std::mem::forget(std::mem::take(&mut self.pages));
         }

@@ -24,12 +24,14 @@ mod cpuid;
 mod entry;
 mod inject;
 mod life;
+mod mirror;
 mod platform;
 mod protected;
+mod region;
 mod start;
 mod vcpu;
 mod vm;
 
 pub(crate) use life::{Stage, Td, TdVcpu};
-pub(crate) use platform::{ProcessPlatform, lock_for_fork, unlock_after_fork};
+pub(crate) use platform::{ProcessPlatform, lock_for_fork, module, unlock_after_fork};
 pub(crate) use protected::{emulates_msr, is_read_only_msr, refuses};

@@ -29,6 +29,7 @@ impl Vcpu {
         }
         match request.id {
             command::INIT_VCPU => self.td_init_vcpu(td, &mut state, &request),
+            command::INIT_MEM_REGION => self.td_init_mem_region(td, &mut state, &request),
             command::GET_CPUID => get_cpuid(td, &request),
             _ => Err(Errno::INVAL),
         }

@@ -91,6 +91,7 @@ impl Vm {
                 return Err(Errno::IO);
             }
         }
+        self.enable_mirror()?;
         td.set_stage(Stage::Initialized);
         Ok(())
     }

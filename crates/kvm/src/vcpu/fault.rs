@@ -1,6 +1,7 @@
 //! Exits about memory: what the MMU makes of them, and what the program is told.
 
 use super::run::Next;
+use super::trust_domain::without_shared_bit;
 use super::{Vcpu, VcpuState};
 use crate::trace;
 use kvm_bindings::KVM_MEMORY_EXIT_FLAG_PRIVATE;
@@ -32,6 +33,10 @@ impl Vcpu {
                 return Ok(self.sub_page_misconfiguration(gpa, gla));
             }
         };
+        let (gpa, error) = match self.vm.td() {
+            None => (gpa, error),
+            Some(td) => without_shared_bit(td, gpa, error),
+        };
         let counters = &self.core.counters;
         counters.pf_taken.increment();
         if error.is_write() {
@@ -43,14 +48,17 @@ impl Vcpu {
         }
         let VcpuState {
             reader,
-            root: Some(root),
+            root,
+            td_roots,
             ..
-        } = state
-        else {
-            return Ok(Next::Enter);
-        };
+        } = state;
         tracing::trace!(target: trace::TARGET, vcpu = self.core.id, %gpa, ?error, "fault");
-        let outcome = self.vm.tables().fault(reader, root, Fault { gpa, error });
+        let (tables, access) = (self.vm.tables(), Fault { gpa, error });
+        let outcome = match (root, td_roots) {
+            (Some(root), _) => tables.fault(reader, root, access),
+            (None, Some(roots)) => tables.td_fault(reader, roots, access),
+            (None, None) => return Ok(Next::Enter),
+        };
         tracing::trace!(target: trace::TARGET, vcpu = self.core.id, ?outcome, "fault ended");
         let resolved = reader.stats();
         counters.pf_fast.set(resolved.pf_fast);
@@ -66,9 +74,13 @@ impl Vcpu {
             }
             Ok(Outcome::Spurious) => counters.pf_spurious.increment(),
             Ok(Outcome::Retry) => {}
-            Ok(Outcome::ObsoleteRoot) => state.root = None,
+            Ok(Outcome::ObsoleteRoot) => (state.root, state.td_roots) = (None, None),
             Ok(Outcome::SubPageDenied) => {
                 counters.pf_emulate.increment();
+                if self.vm.td().is_some() {
+                    // The guest hears of it by #VE, now that there is an entry that says so.
+                    return Ok(Next::Enter);
+                }
                 return Ok(self.sub_page_denied(state, gpa, error));
             }
             Ok(Outcome::Mmio) => {

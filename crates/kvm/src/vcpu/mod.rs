@@ -30,7 +30,7 @@ pub(crate) use signal::interrupt_current_run;
 
 use crate::irqchip::Model;
 use crate::sync::Mutex;
-use crate::td::TdVcpu;
+use crate::td::{self, TdVcpu};
 use crate::vm::Vm;
 use crate::{cpuid, tsc, usercopy};
 use exit::Answer;
@@ -46,7 +46,7 @@ use rustix::io::Errno;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, MutexGuard};
 use twofold_cpu::{Cpu, CpuidEntry, Line, Pml};
-use twofold_mmu::{Reader, Root};
+use twofold_mmu::{Reader, Root, TdRoots};
 use write_log::{LogState, WriteLog};
 
 /// IA32_APIC_BASE after reset: the default page, enabled.
@@ -81,6 +81,7 @@ pub(crate) struct VcpuState {
     root: Option<Root>,
     /// What the vCPU is to the TDX module, once `INIT_VCPU` has made it known there.
     td: Option<TdVcpu>,
+    td_roots: Option<TdRoots>,
     /// Sub-page permissions were enabled when `root` was loaded.
     asks_sub_pages: bool,
     /// What the program has to supply before the guest goes on.
@@ -143,6 +144,7 @@ impl VcpuCore {
             tsc_khz,
             last_host_fault: None,
             td: None,
+            td_roots: None,
             cpu,
         };
         if prove_ve::wanted(vm) {
@@ -387,8 +389,12 @@ impl Vcpu {
     /// How many that were.
     pub fn get_msrs(&self, entries: &mut [kvm_msr_entry]) -> usize {
         let mut state = self.state();
+        let is_td = self.vm.td().is_some();
         let mut done = 0;
         for entry in entries {
+            if is_td && !td::emulates_msr(entry.index) {
+                break;
+            }
             let Some(value) = state.msr(entry.index) else {
                 break;
             };
@@ -401,11 +407,15 @@ impl Vcpu {
     /// `KVM_SET_MSRS`: sets registers up to the first that does not take its value. How many that
     /// were.
     pub fn set_msrs(&self, entries: &[kvm_msr_entry]) -> usize {
+        let is_td = self.vm.td().is_some();
         let mut state = self.state();
         entries
             .iter()
             .take_while(|entry| {
                 let (index, data) = (entry.index, entry.data);
+                if is_td && (!td::emulates_msr(index) || td::is_read_only_msr(index)) {
+                    return false;
+                }
                 if index == msr::IA32_TSC {
                     state.set_tsc(data, self.vm.tsc_sync());
                     return true;

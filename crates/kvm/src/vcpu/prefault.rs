@@ -2,6 +2,7 @@
 
 use super::signal::Running;
 use super::{Vcpu, VcpuState};
+use crate::td::Stage;
 use kvm_bindings::kvm_pre_fault_memory;
 use rustix::io::Errno;
 use std::sync::atomic::Ordering;
@@ -16,7 +17,8 @@ impl Vcpu {
     /// `EINVAL` for flags and for a range that is empty, wraps or is not page aligned. If not even
     /// the first page could be mapped: `EINTR` when a signal is pending, `ENOENT` without a slot,
     /// `EAGAIN` while the slot is deleted or moved, `EFAULT` where a guest's access would fail too,
-    /// `EHWPOISON`, `ENOMEM`.
+    /// `EHWPOISON`, `ENOMEM`. For a trust domain `EOPNOTSUPP` before `FINALIZE_VM`, and `EINVAL` for
+    /// an address with the shared bit.
     pub fn pre_fault_memory(&self, request: &mut kvm_pre_fault_memory) -> Result<(), Errno> {
         let (gpa, size) = (request.gpa, request.size);
         if request.flags != 0
@@ -40,25 +42,37 @@ impl Vcpu {
             if self.core.signalled.load(Ordering::Relaxed) {
                 return Err(Errno::INTR);
             }
+            if let Some(td) = self.vm.td() {
+                if td.stage() != Stage::Runnable {
+                    return Err(Errno::OPNOTSUPP);
+                }
+                if left.0 & td.shared_bit().unwrap_or(0) != 0 {
+                    return Err(Errno::INVAL);
+                }
+            }
             self.load_root(state)?;
             let VcpuState {
                 reader,
-                root: Some(root),
+                root,
+                td_roots,
                 ..
-            } = state
-            else {
-                return Err(Errno::IO);
-            };
+            } = state;
             let end = (left.0 + left.1) >> PAGE_SHIFT;
             let gfns = Gfn::new(left.0 >> PAGE_SHIFT)..Gfn::new(end);
-            let pages = match self.vm.tables().prefault(reader, root, gfns) {
+            let tables = self.vm.tables();
+            let result = match (root, td_roots) {
+                (Some(root), _) => tables.prefault(reader, root, gfns),
+                (None, Some(roots)) => tables.td_prefault(reader, roots, gfns),
+                (None, None) => return Err(Errno::IO),
+            };
+            let pages = match result {
                 Ok(pages) => pages,
                 Err(PrefaultError::Retry) => {
                     rustix::thread::sched_yield();
                     continue;
                 }
                 Err(PrefaultError::ObsoleteRoot) => {
-                    state.root = None;
+                    (state.root, state.td_roots) = (None, None);
                     continue;
                 }
                 Err(PrefaultError::NoSlot) => return Err(Errno::NOENT),

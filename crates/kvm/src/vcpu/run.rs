@@ -6,11 +6,11 @@
 use super::exit::Answer;
 use super::run_page::PIO_DATA_SIZE;
 use super::signal::Running;
-use super::{Vcpu, VcpuState, tdcall};
+use super::{Vcpu, VcpuState};
 use crate::bus::Space;
 use crate::cpuid;
 use crate::irqchip::{self, Model};
-use crate::td::{Stage, Td};
+use crate::td::Stage;
 use kvm_bindings::{
     KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_HLT, KVM_EXIT_INTR, KVM_EXIT_IRQ_WINDOW_OPEN,
     KVM_EXIT_SHUTDOWN, KVM_EXIT_UNKNOWN, KVM_INTERNAL_ERROR_EMULATION, KVM_MP_STATE_HALTED,
@@ -72,7 +72,11 @@ impl Vcpu {
         let open = state.cpu.interrupt_window_open();
         let interrupts = state.cpu.interrupts_enabled();
         let ready = open || self.vm.irqchip_model() == Model::Kernel;
-        page.set_summary(ready, interrupts, state.cpu.cr8(), state.apic_base);
+        match state.td {
+            None => page.set_summary(ready, interrupts, state.cpu.cr8(), state.apic_base),
+            // The flags and the task priority of a trust domain are its own.
+            Some(_) => page.set_summary(ready, false, 0, state.apic_base),
+        }
         self.core
             .counters
             .instructions
@@ -277,26 +281,6 @@ impl Vcpu {
         exit
     }
 
-    /// Runs the guest of a trust domain until it leaves for KVM. What the TDX module does by itself
-    /// is done inside; whatever KVM does comes after the virtual processor has left, since it may
-    /// have to wait until all of them have.
-    fn run_td(&self, td: &Td, state: &mut VcpuState) -> Result<Exit, Errno> {
-        let vcpu = state.td.ok_or(Errno::INVAL)?;
-        let wanted = || self.core.signalled.load(Ordering::Relaxed);
-        let Some(inside) = td.enter(vcpu, wanted)? else {
-            return Ok(Exit::Kicked);
-        };
-        if inside.must_flush() {
-            self.set_second_stage(state);
-        }
-        loop {
-            let exit = state.cpu.run();
-            if let Some(exit) = tdcall::inside(self, state, &inside, exit)? {
-                return Ok(exit);
-            }
-        }
-    }
-
     /// Another thread or a signal handler wanted the vCPU outside the guest.
     fn kicked(&self) -> Result<Next, Errno> {
         // In this order, so that a signal that comes in between kicks again.
@@ -317,11 +301,14 @@ impl Vcpu {
 
     /// Makes sure that the processor walks tables that are still the VM's.
     #[inline]
-    pub(super) fn load_root(&self, state: &mut VcpuState) -> Result<(), Errno> {
+    pub(crate) fn load_root(&self, state: &mut VcpuState) -> Result<(), Errno> {
         let sub_pages = self.vm.protects_sub_pages();
         match &state.root {
             Some(root) if !root.is_obsolete() && state.asks_sub_pages == sub_pages => Ok(()),
             _ => {
+                if let Some(td) = self.vm.td() {
+                    return self.load_td_roots(td, state);
+                }
                 let bits = cpuid::guest_address_bits(&state.cpuid);
                 let tables = self.vm.tables();
                 let root = tables.load_root(bits).map_err(|_| Errno::NOMEM)?;

@@ -1,14 +1,108 @@
-//! A vCPU that the TDX module knows: how it starts, and what its program may still ask of it.
+//! A vCPU that the TDX module knows: how it starts, which tables it walks, and how its guest runs.
 
-use super::{VcpuState, lapic};
-use crate::td::TdVcpu;
+use super::signal::Running;
+use super::{Vcpu, VcpuState, lapic, tdcall};
+use crate::td::{Td, TdVcpu};
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_cpuid_entry2};
-use twofold_cpu::{Registers, SystemRegisters};
+use rustix::io::Errno;
+use std::sync::atomic::Ordering;
+use twofold_arch::eptp::Eptp;
+use twofold_arch::{Gpa, Level, Pferr};
+use twofold_cpu::{Exit, Registers, SecondStage, SystemRegisters, VeControl};
+use twofold_mmu::{Reader, TdRoots};
+
+impl Vcpu {
+    /// Runs the guest of a trust domain until it leaves for KVM. What the TDX module does by itself
+    /// is done inside; whatever KVM does comes after the virtual processor has left, since it may
+    /// have to wait until all of them have.
+    pub(super) fn run_td(&self, td: &Td, state: &mut VcpuState) -> Result<Exit, Errno> {
+        let vcpu = state.td.ok_or(Errno::INVAL)?;
+        let wanted = || self.core.signalled.load(Ordering::Relaxed);
+        let Some(inside) = td.enter(vcpu, wanted)? else {
+            return Ok(Exit::Kicked);
+        };
+        if inside.must_flush() {
+            self.walk_td_tables(td, state);
+        }
+        loop {
+            let exit = state.cpu.run();
+            if let Some(exit) = tdcall::inside(self, state, &inside, exit)? {
+                return Ok(exit);
+            }
+        }
+    }
+
+    /// Makes sure that there are the roots of both halves.
+    pub(super) fn load_td_roots(&self, td: &Td, state: &mut VcpuState) -> Result<(), Errno> {
+        if let Some(roots) = &state.td_roots
+            && !roots.is_obsolete()
+        {
+            return Ok(());
+        }
+        let roots = self.vm.tables().load_td_roots();
+        state.td_roots = Some(roots.map_err(|_| Errno::NOMEM)?.ok_or(Errno::INVAL)?);
+        self.walk_td_tables(td, state);
+        Ok(())
+    }
+
+    /// Has the processor walk the tables of both halves, and forget every translation.
+    fn walk_td_tables(&self, td: &Td, state: &mut VcpuState) {
+        let root = td.tdr().ok().and_then(|tdr| td.module().sept_root(tdr));
+        let (Some((secure, levels)), Some(params), Some(roots)) =
+            (root, td.params(), &state.td_roots)
+        else {
+            return;
+        };
+        let level = Level::from_number(levels).unwrap_or(Level::L512G);
+        state.cpu.set_second_stage(SecondStage::Td {
+            secure: Eptp::new(secure, level, false),
+            shared: Eptp::new(roots.shared().hpa(), level, false),
+            shared_bit: params.shared_bit() as u8,
+        });
+    }
+
+    /// Does something that a signal may interrupt: `work` is told how to find out.
+    pub(crate) fn interruptible<R>(
+        &self,
+        state: &mut VcpuState,
+        work: impl FnOnce(&mut VcpuState, &dyn Fn() -> bool) -> R,
+    ) -> R {
+        let running = Running::start(&self.core, state.signal_mask);
+        let result = work(state, &|| self.core.signalled.load(Ordering::Relaxed));
+        drop(running);
+        result
+    }
+}
+
+/// An address of a trust domain without its shared bit, and the access, which says by
+/// [`Pferr::PRIVATE_ACCESS`] whether it was clear.
+pub(super) fn without_shared_bit(td: &Td, gpa: Gpa, error: Pferr) -> (Gpa, Pferr) {
+    let shared = td.shared_bit().unwrap_or(0);
+    if gpa.get() & shared != 0 {
+        (Gpa::new(gpa.get() & !shared), error)
+    } else {
+        (gpa, error | Pferr::PRIVATE_ACCESS)
+    }
+}
 
 impl VcpuState {
     /// What the vCPU is to the module, once it has been made known there.
     pub(crate) fn td(&self) -> Option<&TdVcpu> {
         self.td.as_ref()
+    }
+
+    /// What the MMU needs to map something for this vCPU, once the roots are loaded.
+    pub(crate) fn td_parts(&mut self) -> Option<(&mut Reader, &TdRoots)> {
+        Some((&mut self.reader, self.td_roots.as_ref()?))
+    }
+
+    /// The roots are no longer those of the VM.
+    pub(crate) fn forget_td_roots(&mut self) {
+        self.td_roots = None;
+    }
+
+    pub(crate) fn reader(&mut self) -> &mut Reader {
+        &mut self.reader
     }
 
     /// The CPUID table that the program has set.
@@ -19,6 +113,11 @@ impl VcpuState {
     /// Makes the vCPU one of the module's: with these registers, and with its local APIC in x2APIC mode.
     pub(crate) fn start_td(&mut self, td: TdVcpu, registers: &Registers, system: &SystemRegisters) {
         self.td = Some(td);
+        self.cpu.set_td(true);
+        self.cpu.set_ve(Some(VeControl {
+            page: td.ve_info,
+            intercept: false,
+        }));
         self.cpu.set_system_registers(system);
         self.cpu.set_registers(registers);
         self.mp_state = KVM_MP_STATE_RUNNABLE;
