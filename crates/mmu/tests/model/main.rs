@@ -4,7 +4,7 @@
 //! and rings read the same; counters are true; the invariants hold. Over EPT and NPT, roots of four
 //! and five levels, system management mode and guest mode, host pages of 4K, 2M and 1G, every way
 //! of logging, processors with and without accessed and dirty bits, with allocations that fail and
-//! hosts that refuse.
+//! hosts that refuse; with sub-pages protected, where processors know such.
 //!
 //! `TWOFOLD_MODEL_CASES=n` runs n sequences of each format instead of a few hundred.
 
@@ -88,6 +88,7 @@ fn setup(level: Level, accessed_dirty: bool) -> Setup {
         level,
         must_ask: false,
         offset: 0,
+        sub_pages: false,
     }
 }
 

@@ -162,6 +162,13 @@ pub(crate) enum Op {
     Reload {
         role: usize,
     },
+    /// The program sets access maps from so many frames before this one on.
+    SetAccess {
+        as_id: u16,
+        frame: usize,
+        before: u64,
+        maps: Vec<u32>,
+    },
     /// The hypervisor has this many table pages left.
     Budget {
         pages: i64,
@@ -198,6 +205,7 @@ pub(crate) fn ops() -> impl Strategy<Value = Op> {
         any::<u64>(),
         (0u32..64).prop_map(|bit| 1 << bit)
     ];
+    let map = prop_oneof![4 => Just(u32::MAX), 1 => Just(0), 2 => any::<u32>()];
     prop_oneof![
         8 => (slot(), place(), distance(), prop_oneof![3 => 0u32..2, 1 => 2u32..4]).prop_map(
             |((as_id, id), place, distance, flags)| Op::Create { as_id, id, place, distance, flags }
@@ -226,6 +234,9 @@ pub(crate) fn ops() -> impl Strategy<Value = Op> {
         1 => any::<bool>().prop_map(|on| Op::NxHugePages { on }),
         2 => Just(Op::RecoverNx),
         2 => (0..ROLES.len()).prop_map(|role| Op::Reload { role }),
+        6 => (as_id(), frame(), 0u64..3, prop::collection::vec(map, 1..5)).prop_map(
+            |(as_id, frame, before, maps)| Op::SetAccess { as_id, frame, before, maps }
+        ),
         2 => prop_oneof![1 => 0i64..6, 2 => Just(crate::common::PLENTY)]
             .prop_map(|pages| Op::Budget { pages }),
         1 => refusal.prop_map(Op::Refuse),
@@ -250,6 +261,8 @@ pub(crate) struct Setup {
     pub(crate) must_ask: bool,
     /// Host-physical less host-virtual address of table pages.
     pub(crate) offset: u64,
+    /// Sub-pages can be protected, if the processor knows such.
+    pub(crate) sub_pages: bool,
 }
 
 pub(crate) fn setups() -> impl Strategy<Value = Setup> {
@@ -260,11 +273,18 @@ pub(crate) fn setups() -> impl Strategy<Value = Setup> {
         2 => Just(Recorder::Ring),
     ];
     let level = prop_oneof![3 => Just(Level::L4K), 4 => Just(Level::L2M), 1 => Just(Level::L1G)];
-    let flags = prop::array::uniform5(any::<bool>());
+    let flags = prop::array::uniform6(any::<bool>());
     let offset = prop::sample::select(vec![0, 0x1_2340_0000_0000]);
     (recorder, level, flags, prop::bool::weighted(0.3), offset).prop_map(
         |(recorder, level, flags, nx_huge_pages, offset)| {
-            let [slot_zap_all, accessed_dirty, pml, eager_split, must_ask] = flags;
+            let [
+                slot_zap_all,
+                accessed_dirty,
+                pml,
+                eager_split,
+                must_ask,
+                sub_pages,
+            ] = flags;
             Setup {
                 config: Config {
                     slot_zap_all,
@@ -279,6 +299,7 @@ pub(crate) fn setups() -> impl Strategy<Value = Setup> {
                 level,
                 must_ask,
                 offset,
+                sub_pages,
             }
         },
     )

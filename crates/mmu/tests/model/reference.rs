@@ -64,6 +64,8 @@ pub(crate) struct Mapping {
     /// The host frame.
     pub(crate) frame: u64,
     pub(crate) level: Level,
+    /// Some write needs no exit: by W or, if the frame is guarded, by way of the sub-page permission
+    /// table.
     pub(crate) write: bool,
     pub(crate) execute: bool,
     /// W may be given back without asking the host.
@@ -107,6 +109,10 @@ pub(crate) struct Reference {
     pub(crate) rules: Rules,
     pub(crate) nx: bool,
     pub(crate) slots: BTreeMap<(u16, u16), Slot>,
+    /// Access maps that are not full, by address space and frame.
+    pub(crate) maps: BTreeMap<(u16, u64), u32>,
+    /// Regions of 2M of each address space whose vectors are in the table, by number.
+    pub(crate) vectors: BTreeSet<(u16, u64)>,
     /// By role and frame, of those in [`FRAMES`].
     pub(crate) mapped: BTreeMap<(usize, u64), Mapping>,
     /// A bit for each page of a slot that logs; empty where rings are used.
@@ -122,6 +128,69 @@ impl Reference {
         slots
             .find(|((a, _), slot)| *a == as_id && slot.holds(gfn))
             .map(|((_, id), slot)| (*id, *slot))
+    }
+
+    pub(crate) fn map_of(&self, as_id: u16, gfn: u64) -> u32 {
+        self.maps.get(&(as_id, gfn)).copied().unwrap_or(u32::MAX)
+    }
+
+    /// Whether any of `gfns` has a map that is not full.
+    pub(crate) fn guards(&self, as_id: u16, gfns: Range<u64>) -> bool {
+        let mut guarded = self.maps.range((as_id, gfns.start)..(as_id, gfns.end));
+        guarded.next().is_some()
+    }
+
+    /// Whether the map of `gfn` forbids writes at its beginning, where guests write.
+    pub(crate) fn denies(&self, as_id: u16, gfn: u64) -> bool {
+        self.map_of(as_id, gfn) & 1 == 0
+    }
+
+    /// The vectors of every region that has a part in `gfns` are gone.
+    pub(crate) fn cut_vectors(&mut self, as_id: u16, gfns: &Range<u64>) {
+        let regions = gfns.start >> 9..(gfns.end + 511) >> 9;
+        self.vectors
+            .retain(|(other, region)| *other != as_id || !regions.contains(region));
+    }
+
+    /// A slot is gone, with its maps.
+    pub(crate) fn forget_maps(&mut self, as_id: u16, gfns: Range<u64>) {
+        self.cut_vectors(as_id, &gfns);
+        self.maps
+            .retain(|(other, gfn), _| *other != as_id || !gfns.contains(gfn));
+    }
+
+    /// Frames from `first` on get these maps, which are not what they have.
+    pub(crate) fn set_maps(&mut self, as_id: u16, first: u64, maps: &[u32]) {
+        let gfns = first..first + maps.len() as u64;
+        self.cut_vectors(as_id, &gfns);
+        let before = self.maps.clone();
+        for (gfn, map) in gfns.clone().zip(maps) {
+            match *map {
+                u32::MAX => self.maps.remove(&(as_id, gfn)),
+                map => self.maps.insert((as_id, gfn), map),
+            };
+        }
+        let after = self.maps.clone();
+        // What stands in W's place is not followed by W before the next write.
+        for (_, gfn, mapping) in self.in_range(as_id, gfns.clone()) {
+            let guarded = |maps: &BTreeMap<_, _>| maps.contains_key(&(as_id, gfn));
+            if mapping.level == Level::L4K && guarded(&before) && !guarded(&after) {
+                mapping.write = false;
+            }
+        }
+        // What could not be split went as a whole.
+        let gone: Vec<_> = self
+            .in_range(as_id, gfns)
+            .filter(|(_, gfn, mapping)| {
+                let whole = extent(*gfn, mapping.level);
+                let mut guarded = after.range((as_id, whole.start)..(as_id, whole.end));
+                mapping.level > Level::L4K && guarded.next().is_some()
+            })
+            .map(|(role, gfn, _)| (role, gfn))
+            .collect();
+        for key in gone {
+            self.mapped.remove(&key);
+        }
     }
 
     pub(crate) fn get(&self, role: usize, gfn: u64) -> Option<Mapping> {
@@ -309,12 +378,14 @@ impl Reference {
             if !clear {
                 continue;
             }
+            // What stands in W's place stays, and means nothing while reading is not allowed.
+            let guarded = self.guards(as_id, gfn..gfn + 1);
             self.change_leaf(role, gfn, |mapping| {
                 if flags {
                     mapping.accessed = false;
                 } else {
                     mapping.tracked = true;
-                    mapping.write = false;
+                    mapping.write &= guarded;
                 }
             });
         }
@@ -322,10 +393,17 @@ impl Reference {
     }
 
     /// A new leaf of a page that nobody has used.
-    pub(crate) fn prepared(&self, frame: u64, level: Level, write: bool, logs: bool) -> Mapping {
+    pub(crate) fn prepared(
+        &self,
+        frame: u64,
+        level: Level,
+        write: bool,
+        logs: bool,
+        guarded: bool,
+    ) -> Mapping {
         let flags = self.rules.flags;
         Mapping {
-            write: write && flags && !logs,
+            write: write && (flags || guarded) && !logs,
             may_write: write,
             accessed: false,
             dirty: false,

@@ -3,7 +3,7 @@
 use super::{Machine, Translation, View};
 use crate::common::Processor;
 use crate::operations::{Access, ROLES};
-use crate::reference::{Mapping, READONLY, Slot};
+use crate::reference::{Mapping, READONLY, Slot, extent};
 use std::sync::atomic::Ordering;
 use twofold_arch::{Gfn, Level, Pferr};
 use twofold_mmu::nx_huge_pages::NX_SPLIT;
@@ -22,6 +22,12 @@ impl<F: Processor> Machine<F> {
         for _ in 0..2 {
             let view = self.view(role, gfn);
             let allowed = match (view, access) {
+                (View::Leaf { asks: true, .. }, Access::Write) => {
+                    let Some(allowed) = self.look_up(role, gfn) else {
+                        return;
+                    };
+                    allowed
+                }
                 (View::Leaf { write, .. }, Access::Write) => write,
                 (View::Leaf { execute, .. }, Access::Fetch) => execute,
                 (View::Leaf { .. }, Access::Read) => true,
@@ -83,13 +89,19 @@ impl<F: Processor> Machine<F> {
         if let View::Leaf {
             frame,
             write,
+            asks,
             dirty,
             ..
         } = self.view(role, gfn)
         {
             let translation = Translation {
                 frame,
-                write,
+                write: write || asks,
+                sub_pages: match asks {
+                    true => self.vector(role, gfn).unwrap_or(0),
+                    false if write => u32::MAX,
+                    false => 0,
+                },
                 dirty,
             };
             self.tlb.insert((cpu, role, gfn), translation);
@@ -125,6 +137,7 @@ impl<F: Processor> Machine<F> {
     /// size is `host_level`. A table that the mitigation has made is left alone.
     fn choose_level(
         &self,
+        as_id: u16,
         slot: &Slot,
         gfn: u64,
         frame: u64,
@@ -141,6 +154,7 @@ impl<F: Processor> Machine<F> {
                 && !slot.logs()
                 && !is_marked
                 && slot.may_be_huge(gfn, level)
+                && !self.reference.guards(as_id, extent(gfn, level))
                 && (frame ^ gfn).is_multiple_of(level.frames())
         };
         let levels = [Level::L1G, Level::L2M];
@@ -171,7 +185,8 @@ impl<F: Processor> Machine<F> {
         path: &[(Level, u64)],
         refusal: Option<PopulateError>,
     ) -> Result<u64, PrefaultError> {
-        let Some((_, slot)) = self.reference.slot_at(ROLES[role].as_id(), gfn) else {
+        let as_id = ROLES[role].as_id();
+        let Some((_, slot)) = self.reference.slot_at(as_id, gfn) else {
             return Err(PrefaultError::NoSlot);
         };
         let old = self.reference.get(role, gfn);
@@ -189,12 +204,13 @@ impl<F: Processor> Machine<F> {
             return Err(FaultError::BadHostMemory.into());
         }
         let host_level = self.host_level(slot.host_page(gfn));
-        let level = self.choose_level(&slot, gfn, host.frame, host_level, path);
+        let level = self.choose_level(as_id, &slot, gfn, host.frame, host_level, path);
         if old.is_none() || level > Level::L4K {
             let write = host.writable && slot.flags & READONLY == 0;
+            let guarded = self.reference.guards(as_id, gfn..gfn + 1);
             let new = self
                 .reference
-                .prepared(host.frame, level, write, slot.logs());
+                .prepared(host.frame, level, write, slot.logs(), guarded);
             self.reference.put_leaf(role, gfn, new);
         }
         Ok(1)
@@ -216,6 +232,9 @@ impl<F: Processor> Machine<F> {
         let Some((_, slot)) = self.reference.slot_at(as_id, gfn) else {
             return Ok(Outcome::Mmio);
         };
+        if write && self.reference.denies(as_id, gfn) {
+            return Ok(Outcome::SubPageDenied);
+        }
         // Without the host's help.
         let seen = error.intersects(Pferr::PRESENT.union(Pferr::RSVD));
         if let Some(leaf) = self.reference.get(role, gfn)
@@ -264,7 +283,7 @@ impl<F: Processor> Machine<F> {
             };
             let level = match access == Access::Fetch && self.reference.nx {
                 true => Level::L4K,
-                false => self.choose_level(&slot, gfn, host.frame, host_level, path),
+                false => self.choose_level(as_id, &slot, gfn, host.frame, host_level, path),
             };
             match self.reference.get(role, gfn) {
                 Some(leaf) if leaf.level >= level && leaf.allows(access) => {

@@ -3,13 +3,14 @@
 mod access;
 mod logs;
 mod sizes;
+mod sub_pages;
 
 use crate::common::{self, HostState, Processor, Step, TestHost, World, region};
 use crate::operations::{
     DISTANCES, Extent, FRAMES, MOVES, Op, PLACES, ROLES, Recorder, Refusal, Setup,
 };
 use crate::reference::{LOG, Mapping, Reference, Rules, Slot, extent};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -21,7 +22,10 @@ use twofold_table::{Entry, Height};
 #[derive(Clone, Copy, Debug)]
 struct Translation {
     frame: u64,
+    /// Some write needs no exit.
     write: bool,
+    /// The sub-pages that may be written, as far as the processor knows.
+    sub_pages: u32,
     dirty: bool,
 }
 
@@ -34,6 +38,8 @@ enum View {
         frame: u64,
         level: Level,
         write: bool,
+        /// Writes are looked up in the sub-page permission table.
+        asks: bool,
         execute: bool,
         accessed: bool,
         dirty: bool,
@@ -83,6 +89,9 @@ impl<F: Processor> Machine<F> {
             Recorder::Ring => mmu.ring_reader(Arc::clone(&ring) as _),
             Recorder::Bitmap(_) => reader,
         };
+        if setup.sub_pages {
+            assert_eq!(mmu.enable_sub_pages().is_ok(), F::SUB_PAGE_WRITE != 0);
+        }
         let roots = ROLES.map(|role| Some(mmu.load_root(role).unwrap()));
         let rules = Rules {
             flags: mmu.has_accessed_dirty(),
@@ -93,6 +102,8 @@ impl<F: Processor> Machine<F> {
             rules,
             nx: setup.config.nx_huge_pages,
             slots: BTreeMap::new(),
+            maps: BTreeMap::new(),
+            vectors: BTreeSet::new(),
             mapped: BTreeMap::new(),
             dirty: BTreeMap::new(),
             ring: (setup.recorder == Recorder::Ring).then(VecDeque::new),
@@ -153,6 +164,7 @@ impl<F: Processor> Machine<F> {
                 frame: (hpa.get() >> 12) + (gfn & (level.frames() - 1)),
                 level,
                 write,
+                asks: level == Level::L4K && value & F::SUB_PAGE_WRITE != 0,
                 execute,
                 accessed: value & F::ACCESSED != 0,
                 dirty: value & F::DIRTY != 0,
@@ -236,6 +248,12 @@ impl<F: Processor> Machine<F> {
                 self.tlb.clear();
                 self.roots[role] = Some(self.mmu.load_root(ROLES[role]).unwrap());
             }
+            Op::SetAccess {
+                as_id,
+                frame,
+                before,
+                ref maps,
+            } => self.set_access(as_id, FRAMES[frame].saturating_sub(before), maps),
             Op::Budget { pages } => self.world.budget.store(pages, Ordering::Relaxed),
             Op::Refuse(refusal) => {
                 *self.world.refuse.lock().unwrap() = Some(match refusal {
@@ -311,6 +329,7 @@ impl<F: Processor> Machine<F> {
         assert_eq!(self.mmu.set_region(request).is_ok(), existed.is_some());
         if let Some(slot) = existed {
             self.unmap_slot(as_id, &slot);
+            self.reference.forget_maps(as_id, slot.frames());
             self.reference.dirty.remove(&(as_id, id));
         }
     }
@@ -327,6 +346,7 @@ impl<F: Processor> Machine<F> {
             // The bitmap moves with the slot.
             self.reference.slots.insert((as_id, id), new);
             self.unmap_slot(as_id, &old);
+            self.reference.forget_maps(as_id, old.frames());
         }
     }
 
@@ -419,10 +439,12 @@ impl<F: Processor> Machine<F> {
                         assert_eq!(self.leaf_level(role, gfn), expected.map(|leaf| leaf.level));
                     }
                     (Some(leaf), _) if !leaf.tracked => {
+                        let guarded = self.reference.guards(kind.as_id(), gfn..gfn + 1);
                         let view = View::Leaf {
                             frame: leaf.frame,
                             level: leaf.level,
-                            write: leaf.write,
+                            write: leaf.write && !guarded,
+                            asks: leaf.write && guarded,
                             execute: leaf.execute,
                             accessed: leaf.accessed,
                             dirty: leaf.dirty,
@@ -433,6 +455,7 @@ impl<F: Processor> Machine<F> {
                 }
             }
         }
+        self.check_vectors();
         let flushes = self.world.flushes.load(Ordering::Relaxed);
         if flushes != self.flushes {
             self.flushes = flushes;
@@ -447,6 +470,7 @@ impl<F: Processor> Machine<F> {
                 leaf.frame == held.frame
                     && (leaf.write || unnoticed || !held.write)
                     && (leaf.dirty || !held.dirty)
+                    && held.sub_pages & !self.reference.map_of(ROLES[role].as_id(), gfn) == 0
             });
             assert!(
                 still,

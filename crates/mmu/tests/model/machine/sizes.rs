@@ -3,8 +3,9 @@
 use super::{Machine, View};
 use crate::common::Processor;
 use crate::operations::{FRAMES, ROLES};
-use crate::reference::{Mapping, READONLY, extent};
+use crate::reference::{Mapping, READONLY, Slot, extent};
 use std::collections::BTreeSet;
+use std::ops::Range;
 use twofold_arch::Level;
 use twofold_mmu::nx_huge_pages::NX_SPLIT;
 use twofold_table::{Entry, Height};
@@ -63,15 +64,19 @@ impl<F: Processor> Machine<F> {
     /// Small leaves have become large where they may be. What the large leaf allows is taken from
     /// one of them; that it is not too much is all that is asked.
     pub(super) fn learn_recovered(&mut self, as_id: u16, id: u16) {
-        let Some(slot) = self.reference.slots.get(&(as_id, id)).copied() else {
-            return;
-        };
+        if let Some(slot) = self.reference.slots.get(&(as_id, id)).copied() {
+            self.learn_recovered_in(as_id, &slot, slot.frames());
+        }
+    }
+
+    /// The same of a part of the slot.
+    pub(super) fn learn_recovered_in(&mut self, as_id: u16, slot: &Slot, gfns: Range<u64>) {
         if slot.logs() {
             return;
         }
         let roles = 0..ROLES.len();
         for role in roles.filter(|&role| ROLES[role].as_id() == as_id) {
-            for gfn in FRAMES.into_iter().filter(|&gfn| slot.holds(gfn)) {
+            for gfn in FRAMES.into_iter().filter(|gfn| gfns.contains(gfn)) {
                 let Some(old) = self.reference.get(role, gfn) else {
                     continue;
                 };
@@ -79,7 +84,9 @@ impl<F: Processor> Machine<F> {
                 let (level, value) = *path.last().unwrap();
                 let found = self.view(role, gfn);
                 let may = |level: Level| {
-                    level <= self.host_level(slot.host_page(gfn)) && slot.may_be_huge(gfn, level)
+                    level <= self.host_level(slot.host_page(gfn))
+                        && slot.may_be_huge(gfn, level)
+                        && !self.reference.guards(as_id, extent(gfn, level))
                 };
                 // Nothing that could be larger is left.
                 for &(at, value) in &path {
