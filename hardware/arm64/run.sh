@@ -1,5 +1,5 @@
 #!/bin/sh
-# Builds the hypervisor and its host for arm64 and runs them on QEMU's machine model, with two
+# Lints and builds the hypervisor and its host for arm64 and runs them on QEMU's machine model, with two
 # processors. Installs what it needs where that is possible (Debian, as root).
 #
 #   run.sh                  fails if something is missing
@@ -45,6 +45,11 @@ rust_for_aarch64 "$CARGO_TARGET_DIR/rust" ||
 
 # Flags from the environment would replace those of .cargo/config.toml.
 unset RUSTFLAGS CARGO_ENCODED_RUSTFLAGS CARGO_BUILD_RUSTFLAGS CARGO_BUILD_TARGET || true
+if cargo clippy --version >/dev/null 2>&1; then
+    cargo clippy --release --quiet -- -D warnings
+else
+    echo "hardware/arm64: NOT LINTED: no clippy for this compiler" >&2
+fi
 cargo build --release --quiet
 images=$CARGO_TARGET_DIR/aarch64-unknown-linux-gnu/release
 # A run that hangs is a failure.

@@ -4,19 +4,21 @@
 # version for both architectures, are unpacked into a folder of the build directory; nothing is
 # installed, since the packages would take the place of other compilers.
 
-# rust_for_aarch64 FOLDER: exports RUSTC and LD_LIBRARY_PATH where they are needed.
+# rust_for_aarch64 FOLDER: exports RUSTC, LD_LIBRARY_PATH and PATH where they are needed. `cargo clippy`
+# is the compiler's own.
 rust_for_aarch64() {
     folder=$1
     libraries=$(rustc --print target-libdir --target aarch64-unknown-linux-gnu 2>/dev/null || true)
     if [ -n "$libraries" ] && ls "$libraries"/libcore-*.rlib >/dev/null 2>&1; then
         return 0
     fi
-    if [ ! -e "$folder/complete" ]; then
+    if [ ! -e "$folder/complete" ] || [ ! -e "$folder/usr/bin/cargo-clippy" ]; then
         unpack_rust "$folder" || return 1
     fi
+    PATH=$folder/usr/bin:$PATH
     RUSTC=$folder/usr/bin/rustc
     LD_LIBRARY_PATH=$folder/usr/lib/x86_64-linux-gnu
-    export RUSTC LD_LIBRARY_PATH
+    export RUSTC LD_LIBRARY_PATH PATH
 }
 
 unpack_rust() {
@@ -33,7 +35,7 @@ unpack_rust() {
     compiler=$(depends_of "$apt" libstd-rust-web-dev 'libstd-rust-web-[0-9.]*')
     llvm=$(depends_of "$apt" "$compiler" 'libllvm[0-9]*')
     # shellcheck disable=SC2086
-    (cd "$1/packages" && apt-get $apt download rustc-web libstd-rust-web-dev:amd64 \
+    (cd "$1/packages" && apt-get $apt download rustc-web rust-web-clippy libstd-rust-web-dev:amd64 \
         libstd-rust-web-dev:arm64 $compiler $llvm >/dev/null 2>&1) || return 1
     for package in "$1"/packages/*.deb; do
         dpkg -x "$package" "$1" || return 1

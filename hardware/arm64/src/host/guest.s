@@ -92,3 +92,94 @@ spinning_guest:
     b 1b
 .global spinning_guest_end
 spinning_guest_end:
+
+// A protected guest that its timer interrupts, once while it spins and once while it waits. Its vectors
+// stand 2 KiB after its beginning. x19 counts interrupts, x20 has the last one's number.
+.balign 4096
+.global timer_guest
+timer_guest:
+    adr x0, timer_guest + 2048
+    msr vbar_el1, x0
+    mov x0, #0xff
+    msr icc_pmr_el1, x0
+    mov x0, #1
+    msr icc_igrpen1_el1, x0
+    isb
+    mov x19, #0
+    mov x0, #1000
+    msr cntv_tval_el0, x0
+    mov x0, #1
+    msr cntv_ctl_el0, x0
+    msr daifclr, #2
+1:  cbz x19, 1b
+    msr daifset, #2
+    mov x1, x19
+    mov x2, x20
+    call 0x10000001
+    movz x0, #0x10, lsl #16     // some milliseconds
+    msr cntv_tval_el0, x0
+    mrs x21, cntv_cval_el0
+    mov x0, #1
+    msr cntv_ctl_el0, x0
+    isb
+2:  wfi
+    msr daifclr, #2
+    isb
+    msr daifset, #2
+    cmp x19, #2
+    b.lo 2b
+    mov x1, x19
+    mov x2, x20
+    isb
+    mrs x3, cntvct_el0
+    cmp x3, x21
+    cset x3, hs                 // not before its time
+    call 0x10000002
+    b .
+    .org timer_guest + 2048 + 0x280
+    mrs x20, icc_iar1_el1
+    msr cntv_ctl_el0, xzr
+    isb
+    msr icc_eoir1_el1, x20
+    add x19, x19, #1
+    eret
+.global timer_guest_end
+.balign 8
+timer_guest_end:
+
+// An ordinary guest that tells its time and uses a device, at 0x9000000, that the host plays.
+.balign 4096
+.global device_guest
+device_guest:
+    adr x0, device_guest + 2048
+    msr vbar_el1, x0
+    isb
+    mrs x1, cntvct_el0
+    call 0x10000001
+    movz x9, #0x900, lsl #16
+    ldr w1, [x9]
+    movz x10, #0x1234, lsl #16
+    movk x10, #0x5678
+    strh w10, [x9, #2]
+    call 0x10000002
+    ldr x1, [x9, #8]            // where there is nothing
+    b .
+    .org device_guest + 2048 + 0x200
+    mrs x1, esr_el1
+    mrs x2, far_el1
+    mov x3, #0
+    call 0x10000003
+    b .
+.global device_guest_end
+.balign 8
+device_guest_end:
+
+// A guest that calls the host for ever.
+.balign 8
+.global calling_guest
+calling_guest:
+1:  call 0x10000001
+    b 1b
+.global calling_guest_end
+.balign 8
+calling_guest_end:

@@ -2,7 +2,18 @@
 #![no_std]
 #![no_main]
 
+mod before;
+mod beside;
 mod calls;
+mod clock;
+mod devices;
+mod events;
+mod figures;
+mod gic;
+mod guests;
+mod interrupts;
+mod nonsense;
 mod probe;
 mod second;
 mod story;
+mod vm;
