@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: help build run test check unit interleavings conformance hardware hardware-arm64 hardware-arm64-linux bench bench-instructions model fuzz verify-cpu clean
+.PHONY: help build run test check unit interleavings conformance hardware hardware-kvm hardware-arm64 hardware-arm64-linux bench bench-instructions model fuzz verify-cpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,12 +40,15 @@ conformance: build ## KVM's own selftests and the tests of kvm-ioctls, unmodifie
 	conformance/selfcheck.sh
 	conformance/run.sh --if-available
 
-hardware: ## the tables on processors of Bochs and QEMU, in a table
-	cd hardware && $(CARGO) fmt -p twofold-walks -p twofold-hardware-x86 --check
+hardware: ## the tables on processors of Bochs and QEMU, and beside KVM's, in a table
+	cd hardware && $(CARGO) fmt -p twofold-walks -p twofold-transitions -p twofold-hardware-x86 --check
 	cd hardware/x86 && env -u RUSTFLAGS $(CARGO) clippy --quiet --target-dir ../../target/hardware -- -D warnings
-	cd hardware && $(CARGO) clippy --quiet --target-dir ../target/hardware -p twofold-walks --all-targets -- -D warnings
-	cd hardware && $(CARGO) test --quiet --target-dir ../target/hardware -p twofold-walks
+	cd hardware && $(CARGO) clippy --quiet --target-dir ../target/hardware -p twofold-walks -p twofold-transitions --all-targets -- -D warnings
+	cd hardware && $(CARGO) test --quiet --target-dir ../target/hardware -p twofold-walks -p twofold-transitions
 	hardware/run.sh $(HARDWARE)
+
+hardware-kvm: ## what Debian's KVM and Twofold do to their tables while the same program runs
+	hardware/kvm/run.sh $(HARDWARE)
 
 hardware-arm64: ## the protected hypervisor and its host on QEMU's arm64 model
 	cd hardware/arm64 && $(CARGO) fmt --check

@@ -2,6 +2,8 @@
 # Runs the image of hardware/x86 on every machine it has scenarios for, compares its walks with
 # twofold-cpu's, and prints a table. Installs the machines where that is possible (Debian, as root).
 #
+# Then compares what the real KVM and Twofold do to their entries (kvm/run.sh).
+#
 #   run.sh                  fails if a machine is missing
 #   run.sh --if-available   says so and succeeds instead
 set -eu
@@ -33,6 +35,7 @@ if [ -n "$(missing)" ]; then
     exit 1
 fi
 
+export TWOFOLD_TARGET_DIR="${CARGO_TARGET_DIR:-$here/../target}"
 export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$here/../target/hardware}"
 (cd "$here" && cargo build --release --quiet -p twofold-walks)
 
@@ -78,6 +81,11 @@ awk -F ' [|] ' '
         for (reason = 1; reason <= reasons; reason++) print why[reason]
         exit reasons > 0
     }' "$work/tigerlake.log" "$work/icelake.log" "$work/ryzen.log" "$work/qemu.log" || failed=1
+
+"$here/kvm/run.sh" "$@" >"$work/kvm.log" 2>&1 || failed=1
+awk -F ' [|] ' '
+    /^= / { printf "\n%-42s%s; %s\n", substr($1, 3), $2, $3; next }
+    { print }' "$work/kvm.log"
 if [ "$failed" -ne 0 ]; then
     keep=$(mktemp -d)
     cp "$work"/*.log "$keep"

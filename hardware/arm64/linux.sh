@@ -6,6 +6,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 cd "$here"
 . ./rust.sh
 . ./kernel.sh
+. ../archive.sh
 CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$here/../../target/hardware-arm64}
 export CARGO_TARGET_DIR
 for program in qemu-system-aarch64 aarch64-linux-gnu-ld fdtput; do
@@ -24,18 +25,8 @@ images=$CARGO_TARGET_DIR/aarch64-unknown-linux-gnu/release
 work=$CARGO_TARGET_DIR/linux
 mkdir -p "$work"
 
-# An archive with one program, as the kernel reads it: a header of thirteen numbers, the name, the
-# bytes, each padded to four.
-archived() { # name mode file
-    size=$(stat -c %s "$3")
-    printf '070701%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%s\0' \
-        1 "$2" 0 0 1 0 "$size" 0 0 0 0 $((${#1} + 1)) 0 "$1"
-    head -c $(((4 - (111 + ${#1}) % 4) % 4)) /dev/zero
-    cat "$3"
-    head -c $(((4 - size % 4) % 4)) /dev/zero
-}
 aarch64-linux-gnu-strip -o "$work/init" "$images/init"
-{ archived init 33261 "$work/init"; archived 'TRAILER!!!' 0 /dev/null; } >"$work/archive"
+{ archived init 33261 "$work/init"; archive_ends; } >"$work/archive"
 
 # The kernel's memory begins above the hypervisor's: what the hypervisor has is not in the tree.
 machine="-M virt,virtualization=on,gic-version=3 -cpu cortex-a72 -m 512 -smp 2"
