@@ -12,7 +12,7 @@ use std::sync::{Arc, OnceLock};
 use twofold_arch::Hpa;
 use twofold_cpu::Machine;
 use twofold_tdx::measurement::DIGEST;
-use twofold_tdx::{Failure, Status, TDCX_PAGES, TDVPX_PAGES, TdParams};
+use twofold_tdx::{Failure, Platform, Status, TDCX_PAGES, TDVPX_PAGES, TdParams};
 
 /// How often a function that finds a lock taken is called before KVM gives up.
 pub(super) const RETRIES: u32 = 10_000;
@@ -259,6 +259,8 @@ impl Td {
         for _ in 0..TDVPX_PAGES {
             last = self.add_control_page(|page| module.vp_add_cx(page, tdvpr))?;
         }
+        // Nothing waits to be taken from it.
+        module.platform().zero_page(last);
         insist(|| module.vp_init(tdvpr, initial))?;
         Ok(TdVcpu {
             tdvpr,

@@ -29,6 +29,8 @@ mod platform;
 mod protected;
 mod region;
 mod start;
+#[cfg(test)]
+mod tests;
 mod vcpu;
 mod vm;
 

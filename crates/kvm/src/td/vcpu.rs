@@ -62,6 +62,7 @@ impl Vcpu {
             vcpu,
             &start::registers(&params, td.cpuid(), request.data, vcpu.index),
             &start::system_registers(),
+            td.cpuid(),
         );
         Ok(())
     }

@@ -357,6 +357,9 @@ impl Vcpu {
         if table.len() > cpuid::MAX_ENTRIES {
             return Err(Errno::TOOBIG);
         }
+        if self.vm.td().is_some() {
+            return self.set_td_cpuid(table);
+        }
         let mut state = self.state();
         if state.has_run && state.cpuid != table || !cpuid::is_possible(table) {
             return Err(Errno::INVAL);

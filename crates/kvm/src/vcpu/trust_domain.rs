@@ -2,13 +2,14 @@
 
 use super::signal::Running;
 use super::{Vcpu, VcpuState, lapic, tdcall};
+use crate::cpuid;
 use crate::td::{Td, TdVcpu};
-use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_cpuid_entry2};
+use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MP_STATE_RUNNABLE, kvm_cpuid_entry2};
 use rustix::io::Errno;
 use std::sync::atomic::Ordering;
 use twofold_arch::eptp::Eptp;
 use twofold_arch::{Gpa, Level, Pferr};
-use twofold_cpu::{Exit, Registers, SecondStage, SystemRegisters, VeControl};
+use twofold_cpu::{CpuidEntry, Exit, Registers, SecondStage, SystemRegisters, VeControl};
 use twofold_mmu::{Reader, TdRoots};
 
 impl Vcpu {
@@ -61,6 +62,20 @@ impl Vcpu {
         });
     }
 
+    /// `KVM_SET_CPUID2` of a vCPU of a trust domain: what the guest is told when it asks KVM. Its
+    /// processor is described by what the module virtualises.
+    ///
+    /// # Errors
+    /// As [`set_cpuid2`](Self::set_cpuid2).
+    pub(super) fn set_td_cpuid(&self, table: &[kvm_cpuid_entry2]) -> Result<(), Errno> {
+        let mut state = self.state();
+        if state.has_run && state.cpuid != table || !cpuid::is_possible(table) {
+            return Err(Errno::INVAL);
+        }
+        state.cpuid = table.to_vec();
+        Ok(())
+    }
+
     /// Does something that a signal may interrupt: `work` is told how to find out.
     pub(crate) fn interruptible<R>(
         &self,
@@ -110,10 +125,27 @@ impl VcpuState {
         &self.cpuid
     }
 
-    /// Makes the vCPU one of the module's: with these registers, and with its local APIC in x2APIC mode.
-    pub(crate) fn start_td(&mut self, td: TdVcpu, registers: &Registers, system: &SystemRegisters) {
+    /// Makes the vCPU one of the module's: with these registers, with a processor that `table`
+    /// describes, and with its local APIC in x2APIC mode.
+    pub(crate) fn start_td(
+        &mut self,
+        td: TdVcpu,
+        registers: &Registers,
+        system: &SystemRegisters,
+        table: &[kvm_cpuid_entry2],
+    ) {
         self.td = Some(td);
         self.cpu.set_td(true);
+        let table = table.iter().map(|leaf| CpuidEntry {
+            leaf: leaf.function,
+            subleaf: leaf.index,
+            has_subleaf: leaf.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0,
+            eax: leaf.eax,
+            ebx: leaf.ebx,
+            ecx: leaf.ecx,
+            edx: leaf.edx,
+        });
+        self.cpu.set_cpuid(table.collect());
         self.cpu.set_ve(Some(VeControl {
             page: td.ve_info,
             intercept: false,

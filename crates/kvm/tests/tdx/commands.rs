@@ -168,7 +168,7 @@ fn vcpus_come_between_init_vm_and_finalize_and_need_a_local_apic() {
     assert_eq!(command(&vcpu, INIT_VCPU, 0, 0), Ok(0));
     assert_eq!(command(&vcpu, INIT_VCPU, 0, 0), Err(Errno::INVAL), "again");
     assert_eq!(vcpu.call(KVM_RUN, 0), Err(Errno::INVAL), "not finalised");
-    assert_eq!(command(&vm, FINALIZE_VM, 0, 0), Ok(0));
+    assert_eq!(finalize(&vm), Ok(0));
     assert_eq!(vm.call(KVM_CREATE_VCPU, 1), Err(Errno::IO));
 }
 

@@ -1,6 +1,7 @@
 //! Trust domains, as a program builds and runs them (KVM API, "Intel Trust Domain Extensions").
 #![expect(clippy::unwrap_used)] // Helpers outside #[test] functions.
 
+mod busy;
 mod commands;
 #[path = "../common/mod.rs"]
 mod common;
@@ -99,6 +100,16 @@ fn init_vm(vm: &Fd, request: &InitVm) -> Result<i32, Errno> {
     command(vm, INIT_VM, 0, address(request))
 }
 
+/// Ends the building of a TD, however often the module is busy.
+fn finalize(vm: &Fd) -> Result<i32, Errno> {
+    loop {
+        match command(vm, FINALIZE_VM, 0, 0) {
+            Err(Errno::BUSY) => {}
+            result => return result,
+        }
+    }
+}
+
 fn split_irqchip(vm: &Fd) {
     let mut cap = kvm_enable_cap {
         cap: KVM_CAP_SPLIT_IRQCHIP,
@@ -145,11 +156,11 @@ struct Td {
     vcpu: Fd,
     run: Memory,
     vm: Fd,
-    reset_file: Option<Fd>,
-    data_file: Option<Fd>,
-    shared: Memory,
-    reset: Memory,
-    kvm: Fd,
+    data_file: Fd,
+    _reset_file: Fd,
+    _shared: Memory,
+    _reset: Memory,
+    _kvm: Fd,
 }
 
 impl Td {
@@ -192,11 +203,11 @@ impl Td {
             vcpu,
             run,
             vm,
-            reset_file: Some(reset_file),
-            data_file: Some(data_file),
-            shared,
-            reset,
-            kvm,
+            data_file,
+            _reset_file: reset_file,
+            _shared: shared,
+            _reset: reset,
+            _kvm: kvm,
         };
         td.set_private(RESET_PAGE, 1, true);
         td.set_private(DATA, PAGES, true);
@@ -236,7 +247,7 @@ impl Td {
     }
 
     fn finalize(&self) -> Result<i32, Errno> {
-        command(&self.vm, FINALIZE_VM, 0, 0)
+        finalize(&self.vm)
     }
 
     fn prefault(&self, gpa: u64, size: u64) -> (Result<i32, Errno>, u64, u64) {
