@@ -1,5 +1,4 @@
-//! Every interleaving (with at most two preemptions) of the calls that meet in the table of VMs and
-//! in a page.
+//! Every interleaving of the calls that meet in the table of VMs, in a page and in a ring of events.
 
 use super::setting::*;
 use crate::error::Error;
@@ -9,9 +8,12 @@ use crate::trace::Event;
 use crate::vm::Handle;
 use loom::sync::Arc;
 use loom::thread;
+use std::sync::atomic::Ordering::SeqCst;
 use twofold_arch::Gfn;
 
 const PLACE: Place = Place(16);
+/// A guest's call.
+const MEM_SHARE: u64 = 0xc600_0003;
 
 /// A hypervisor that threads can share, and what it stands on.
 struct World {
@@ -53,9 +55,7 @@ impl Drop for World {
 }
 
 fn explore(model: impl Fn() + Sync + Send + 'static) {
-    let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = Some(2);
-    builder.check(model);
+    loom::model(model);
 }
 
 fn on_processor<T: 'static>(
@@ -223,6 +223,85 @@ fn a_forced_reclaim_beside_an_orderly_one_wipes_the_page_once_and_for_all() {
         let record = hyp.pages().record(page).unwrap();
         assert_eq!(record.host(), State::Owned);
         hyp.finalize_teardown_vm(handle).unwrap();
+        hyp.audit().unwrap();
+    });
+}
+
+#[test]
+fn a_page_that_a_guest_shows_while_the_host_takes_it_is_shown_or_taken() {
+    explore(|| {
+        let world = Arc::new(World::new());
+        let hyp = world.hyp();
+        let tables = [Ram::page(40), Ram::page(41)];
+        let handle = start(hyp, PLACE, true, &tables);
+        let (page, gfn) = (Ram::page(44), Gfn::new(3));
+        with(hyp, handle, || hyp.donate_guest(page, gfn)).unwrap();
+        hyp.platform().word(page, 5).store(7, SeqCst);
+        let other = on_processor(&world, 1, move |hyp| {
+            guest_call(hyp, handle, [MEM_SHARE, gfn.address().get(), 0, 0])
+        });
+        let taken = hyp.force_reclaim_guest_page(page);
+        let shown = other.join().unwrap();
+        match taken {
+            Ok(()) => assert_eq!(shown, Some(-3i64 as u64)),
+            Err(error) => assert_eq!((error, shown), (Error::NotPermitted, Some(0))),
+        }
+        let found = hyp.platform().word(page, 5).load(SeqCst);
+        assert_eq!(found, if taken.is_ok() { 0 } else { 7 });
+        hyp.audit().unwrap();
+        end(hyp, PLACE, handle);
+    });
+}
+
+#[test]
+fn the_end_of_a_vm_waits_for_the_last_page_to_be_reclaimed() {
+    explore(|| {
+        let world = Arc::new(World::new());
+        let hyp = world.hyp();
+        let tables = [Ram::page(40), Ram::page(41)];
+        let handle = start(hyp, PLACE, true, &tables);
+        let (page, gfn) = (Ram::page(44), Gfn::new(3));
+        with(hyp, handle, || hyp.donate_guest(page, gfn)).unwrap();
+        hyp.start_teardown_vm(handle).unwrap();
+        let other = on_processor(&world, 1, move |hyp| {
+            hyp.reclaim_dying_guest_page(handle, gfn)
+        });
+        let ended = hyp.finalize_teardown_vm(handle);
+        assert_eq!(other.join().unwrap(), Ok(()));
+        match ended {
+            Ok(()) => {}
+            Err(error) => {
+                assert_eq!(error, Error::Busy);
+                hyp.finalize_teardown_vm(handle).unwrap();
+            }
+        }
+        assert!(hyp.pages().record(page).unwrap().is_untouched());
+        hyp.audit().unwrap();
+    });
+}
+
+#[test]
+fn of_two_that_end_a_vm_one_does() {
+    explore(|| {
+        let world = Arc::new(World::new());
+        let hyp = world.hyp();
+        let handle = start(hyp, PLACE, true, &[]);
+        let both = move |hyp: &Hyp<'_>| {
+            (
+                hyp.start_teardown_vm(handle),
+                hyp.finalize_teardown_vm(handle),
+            )
+        };
+        let other = on_processor(&world, 1, both);
+        let mine = both(hyp);
+        let others = other.join().unwrap();
+        for (a, b) in [(mine.0, others.0), (mine.1, others.1)] {
+            assert!(
+                a == Ok(()) && b == Err(Error::Invalid) || a == Err(Error::Invalid) && b == Ok(())
+            );
+        }
+        assert!(returned(hyp, PLACE, 4).len() == 2);
+        hyp.host_unshare_hyp(PLACE.record_page()).unwrap();
         hyp.audit().unwrap();
     });
 }
