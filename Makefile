@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: help build run test check unit interleavings conformance hardware hardware-kvm hardware-arm64 hardware-arm64-linux bench bench-instructions model fuzz verify-cpu clean
+.PHONY: help build run test check unit interleavings conformance hardware hardware-kvm hardware-arm64 hardware-arm64-linux bench bench-build bench-docs bench-instructions model fuzz verify-cpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,8 +41,8 @@ conformance: build ## KVM's own selftests and the tests of kvm-ioctls, unmodifie
 	conformance/run.sh --if-available
 
 hardware: ## the tables on processors of Bochs and QEMU, and beside KVM's, in a table
-	cd hardware && $(CARGO) fmt -p twofold-walks -p twofold-transitions -p twofold-hardware-x86 --check
-	cd hardware/x86 && env -u RUSTFLAGS $(CARGO) clippy --quiet --target-dir ../../target/hardware -- -D warnings
+	cd hardware && $(CARGO) fmt -p twofold-walks -p twofold-transitions -p twofold-hardware-x86 -p twofold-hardware-speed --check
+	cd hardware/x86 && env -u RUSTFLAGS $(CARGO) clippy --quiet --target-dir ../../target/hardware -p twofold-hardware-x86 -p twofold-hardware-speed -- -D warnings
 	cd hardware && $(CARGO) clippy --quiet --target-dir ../target/hardware -p twofold-walks -p twofold-transitions --all-targets -- -D warnings
 	cd hardware && $(CARGO) test --quiet --target-dir ../target/hardware -p twofold-walks -p twofold-transitions
 	hardware/run.sh $(HARDWARE)
@@ -58,12 +58,18 @@ hardware-arm64-linux: ## Linux as the host below the hypervisor; the original's 
 	hardware/arm64/linux.sh
 	hardware/arm64/original.sh
 
-bench: build ## figures beside what they are compared with; BENCH="zap map" for some of them
+# The guest that is timed, as a flat image beside the programs that run it.
+bench-build: build
 	$(CARGO) build --release --quiet -p twofold-bench
+	cd hardware/x86 && env -u RUSTFLAGS $(CARGO) build --release --quiet --target-dir ../../target/hardware \
+		-p twofold-hardware-speed
+	objcopy -O binary target/hardware/x86_64-unknown-linux-gnu/release/twofold-hardware-speed \
+		target/release/speed.bin
+
+bench: bench-build ## figures beside what they are compared with; BENCH="zap map" for some of them
 	target/release/twofold-bench $(BENCH)
 
-bench-docs: build ## measure, and put the tables into docs/performance.md
-	$(CARGO) build --release --quiet -p twofold-bench
+bench-docs: bench-build ## measure, and put the tables into docs/performance.md
 	target/release/twofold-bench --markdown > target/bench.md
 	(echo; target/release/twofold-bench --instructions --markdown) >> target/bench.md
 	awk '/^<!-- end of figures/ { skip = 0 } !skip { print } \
@@ -74,7 +80,7 @@ bench-docs: build ## measure, and put the tables into docs/performance.md
 bench-instructions: ## instructions instead of time: the same figures on a busy machine
 	@command -v valgrind >/dev/null || apt-get install --yes valgrind || \
 		{ echo "bench-instructions: install valgrind and try again" >&2; exit 1; }
-	$(CARGO) build --release --quiet -p twofold-bench
+	$(MAKE) --no-print-directory bench-build
 	target/release/twofold-bench --instructions $(BENCH)
 
 model: ## the MMU beside the reference model, more than a million operations

@@ -23,6 +23,7 @@ mod query;
 mod random;
 mod report;
 mod slots;
+mod speed;
 mod split;
 mod tables;
 mod threads;
@@ -35,7 +36,7 @@ use report::{Row, Style};
 type Subject = fn(Meter) -> anyhow::Result<Vec<Row>>;
 
 /// Subjects in the order of the table, each with the name that chooses it.
-const SUBJECTS: [(&str, Subject); 14] = [
+const SUBJECTS: [(&str, Subject); 15] = [
     ("client", client::rows),
     ("slots", slots::rows),
     ("map", map::rows),
@@ -50,6 +51,7 @@ const SUBJECTS: [(&str, Subject); 14] = [
     ("memory", memory::rows),
     ("private", private::rows),
     ("pkvm", pkvm::rows),
+    ("speed", speed::rows),
 ];
 
 const USAGE: &str = "\

@@ -66,6 +66,11 @@ pub(crate) fn per_item(items: u64, work: impl FnOnce()) -> f64 {
 pub(crate) struct Samples(Vec<f64>);
 
 impl Samples {
+    /// Figures measured elsewhere, one a round.
+    pub(crate) fn of(figures: Vec<f64>) -> Self {
+        Self(figures)
+    }
+
     /// A single figure, measured elsewhere.
     pub(crate) fn one(figure: f64) -> Self {
         Self(vec![figure])

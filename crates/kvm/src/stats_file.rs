@@ -75,6 +75,8 @@ static VCPU_STATISTICS: &[Statistic<VcpuCore>] = statistics! { VcpuCore:
     irq_injections COUNT = |vcpu| vcpu.counters.irq_injections.get();
     nmi_injections COUNT = |vcpu| vcpu.counters.nmi_injections.get();
     guest_mode FLAG = |_| 0;
+    // Not KVM's: what the processor has executed.
+    instructions COUNT = |vcpu| vcpu.counters.instructions.get();
 };
 
 /// The statistics of a VM or a vCPU: what a statistics descriptor refers to.

@@ -1,0 +1,261 @@
+//! A KVM program that times the kernels of `hardware/speed`.
+//!
+//! `speed-client IMAGE [identity]` runs the image and prints lines of `name figure`: for each kernel
+//! its nanoseconds and, after `.instructions`, the instructions that the guest executed; under
+//! `identity` guest-physical memory lies at equal host addresses. Then all kernels run once more, on one
+//! processor (`one`) and on two at a time (`two`).
+//!
+//! UNSAFETY: mapping guest memory and handing it to KVM are unsafe operations of `kvm-ioctls` and
+//! `rustix`, and statistics are an ioctl that `kvm-ioctls` does not have.
+#![expect(unsafe_code)]
+
+use anyhow::{Context, Result, bail, ensure};
+use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs, kvm_userspace_memory_region};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
+use std::fs::File;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::FileExt;
+use std::time::Instant;
+use twofold_kernels::KERNELS;
+
+/// `KVM_GET_STATS_FD`: `_IO(0xae, 0xce)`.
+const KVM_GET_STATS_FD: libc::c_ulong = 0xaece;
+
+/// See `hardware/speed` for what is where.
+const MEMORY_END: usize = 0x6000_0000;
+const IMAGE: usize = 0x10_0000;
+const IMAGE_ENTRY: usize = 0x20;
+const STRIDE: usize = 0x1000_0000;
+const STRIDE_END: usize = 0x2000_0000;
+const STACKS: u64 = 0x1e0_0000;
+
+const MARK: u16 = 0xe9;
+const THREAD: u16 = 0xe8;
+const OFF: u16 = 0xf4;
+
+/// What the image announces, in its order.
+const NAMES: [&str; KERNELS.len() + 3] = {
+    let mut names = ["tight", "stride", "copy", "", "", "", "", "", ""];
+    let mut at = 0;
+    while at < 3 {
+        names[KERNELS.len() + at] = names[at];
+        at += 1;
+    }
+    at = 0;
+    while at < KERNELS.len() {
+        names[at] = KERNELS[at].0;
+        at += 1;
+    }
+    names
+};
+
+fn main() -> Result<()> {
+    let mut arguments = std::env::args().skip(1);
+    let image = arguments
+        .next()
+        .context("usage: speed-client IMAGE [identity]")?;
+    let identity = arguments.next().as_deref() == Some("identity");
+    let image = std::fs::read(&image).with_context(|| format!("reading {image}"))?;
+
+    let vm = Kvm::new().context("opening /dev/kvm")?.create_vm()?;
+    let first = if identity { IMAGE } else { 0 };
+    let bytes = MEMORY_END - first;
+    let at = if identity { first } else { 0 };
+    let fixed = if identity {
+        MapFlags::FIXED_NOREPLACE
+    } else {
+        MapFlags::empty()
+    };
+    // SAFETY: an anonymous mapping where nothing is mapped.
+    let host = unsafe {
+        mmap_anonymous(
+            at as *mut _,
+            bytes,
+            ProtFlags::READ | ProtFlags::WRITE,
+            MapFlags::PRIVATE | MapFlags::NORESERVE | fixed,
+        )
+    }
+    .context("mapping guest memory")?;
+    let place = |gpa: usize| host.cast::<u8>().wrapping_add(gpa - first);
+    // SAFETY: part of the mapping above, which the image's end check keeps inside it.
+    unsafe {
+        madvise(
+            place(STRIDE).cast(),
+            STRIDE_END - STRIDE,
+            Advice::LinuxNoHugepage,
+        )?;
+        ensure!(image.len() < STRIDE - IMAGE, "the image is too large");
+        place(IMAGE).copy_from_nonoverlapping(image.as_ptr(), image.len());
+        vm.set_user_memory_region(kvm_userspace_memory_region {
+            slot: 0,
+            flags: 0,
+            guest_phys_addr: first as u64,
+            memory_size: bytes as u64,
+            userspace_addr: host as u64,
+        })?;
+    }
+
+    let mut vcpu = vm.create_vcpu(0)?;
+    let statistics = Statistics::of(&vcpu)?;
+    let entry = image
+        .get(IMAGE_ENTRY..)
+        .and_then(|rest| rest.first_chunk())
+        .context("the image has no entry point")?;
+    boot(&vcpu, u64::from(u32::from_le_bytes(*entry)))?;
+    let thread = loop {
+        let (port, value) = output(&mut vcpu)?;
+        if port == THREAD {
+            break u64::from(value);
+        }
+        let begin = (Instant::now(), statistics.instructions()?);
+        let (end, _) = output(&mut vcpu)?;
+        ensure!(
+            port == MARK && end == MARK,
+            "the image writes to port {port:#x}"
+        );
+        let nanoseconds = begin.0.elapsed().as_nanos();
+        let name = NAMES
+            .get(usize::from(value as u8 - b'A') / 2)
+            .with_context(|| format!("the image announces {value:#x}"))?;
+        println!("{name} {nanoseconds}");
+        println!(
+            "{name}.instructions {}",
+            statistics.instructions()? - begin.1
+        );
+    };
+
+    let sregs = vcpu.get_sregs()?;
+    let mut other = vm.create_vcpu(1)?;
+    // Once so that all memory is there, then what counts.
+    for _ in 0..2 {
+        start(&vcpu, &sregs, thread, 0)?;
+        start(&other, &sregs, thread, 1)?;
+        finish(&mut other)?;
+        finish(&mut vcpu)?;
+    }
+    start(&vcpu, &sregs, thread, 0)?;
+    println!("one {}", finish(&mut vcpu)?);
+    start(&vcpu, &sregs, thread, 0)?;
+    start(&other, &sregs, thread, 1)?;
+    let both = Instant::now();
+    std::thread::scope(|scope| {
+        let second = scope.spawn(|| finish(&mut other));
+        finish(&mut vcpu)?;
+        match second.join() {
+            Ok(result) => result,
+            Err(_) => bail!("the second processor's thread has panicked"),
+        }
+    })?;
+    println!("two {}", both.elapsed().as_nanos());
+    Ok(())
+}
+
+/// What the guest writes to a port next.
+fn output(vcpu: &mut VcpuFd) -> Result<(u16, u32)> {
+    match vcpu.run()? {
+        VcpuExit::IoOut(port, data) => {
+            let mut value = [0; 4];
+            let length = data.len().min(4);
+            value[..length].copy_from_slice(&data[..length]);
+            Ok((port, u32::from_le_bytes(value)))
+        }
+        exit => bail!("the guest left with {exit:?}"),
+    }
+}
+
+/// 32-bit protected mode with flat segments, as a multiboot loader leaves a machine.
+fn boot(vcpu: &VcpuFd, entry: u64) -> Result<()> {
+    let mut sregs = vcpu.get_sregs()?;
+    let flat = |selector, type_| kvm_segment {
+        selector,
+        type_,
+        limit: u32::MAX,
+        present: 1,
+        s: 1,
+        db: 1,
+        g: 1,
+        ..Default::default()
+    };
+    sregs.cs = flat(8, 0b1011);
+    let data = flat(0x10, 0b0011);
+    (sregs.ds, sregs.es, sregs.ss) = (data, data, data);
+    sregs.cr0 |= 1;
+    vcpu.set_sregs(&sregs)?;
+    vcpu.set_regs(&kvm_regs {
+        rip: entry,
+        rflags: 2,
+        ..Default::default()
+    })?;
+    Ok(())
+}
+
+/// Lets a processor run all kernels, in the state of the first.
+fn start(vcpu: &VcpuFd, sregs: &kvm_sregs, thread: u64, processor: u64) -> Result<()> {
+    vcpu.set_sregs(sregs)?;
+    vcpu.set_regs(&kvm_regs {
+        rip: thread,
+        rdi: processor,
+        // As after a call: not aligned.
+        rsp: STACKS + (processor << 16) + 0x8000 - 8,
+        rflags: 2,
+        ..Default::default()
+    })?;
+    Ok(())
+}
+
+/// Nanoseconds from mark to mark, until the machine is switched off.
+fn finish(vcpu: &mut VcpuFd) -> Result<u128> {
+    let (begin, _) = output(vcpu)?;
+    let start = Instant::now();
+    let (end, _) = output(vcpu)?;
+    let elapsed = start.elapsed();
+    let (off, value) = output(vcpu)?;
+    ensure!(
+        (begin, end, off) == (MARK, MARK, OFF),
+        "the image writes to other ports"
+    );
+    ensure!(value == 16, "the image has failed");
+    Ok(elapsed.as_nanos())
+}
+
+/// The statistics of a vCPU.
+struct Statistics {
+    file: File,
+    instructions: u64,
+}
+
+impl Statistics {
+    fn of(vcpu: &VcpuFd) -> Result<Self> {
+        // SAFETY: has no argument; gives a new descriptor.
+        let file = unsafe {
+            match libc::ioctl(vcpu.as_raw_fd(), KVM_GET_STATS_FD) {
+                -1 => bail!("KVM_GET_STATS_FD: {}", std::io::Error::last_os_error()),
+                descriptor => File::from_raw_fd(descriptor),
+            }
+        };
+        // struct kvm_stats_header: flags, name size, count, three offsets.
+        let word = |at: u64| -> Result<u64> {
+            let mut bytes = [0; 4];
+            file.read_exact_at(&mut bytes, at)?;
+            Ok(u32::from_le_bytes(bytes).into())
+        };
+        let (name_size, count, descriptors, data) = (word(4)?, word(8)?, word(16)?, word(20)?);
+        for number in 0..count {
+            let at = descriptors + number * (16 + name_size);
+            let mut name = vec![0; name_size as usize];
+            file.read_exact_at(&mut name, at + 16)?;
+            if name.starts_with(b"instructions\0") {
+                let instructions = data + word(at + 8)?;
+                return Ok(Self { file, instructions });
+            }
+        }
+        bail!("this KVM does not count its guests' instructions")
+    }
+
+    fn instructions(&self) -> Result<u64> {
+        let mut bytes = [0; 8];
+        self.file.read_exact_at(&mut bytes, self.instructions)?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+}
