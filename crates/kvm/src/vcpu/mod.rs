@@ -164,6 +164,20 @@ impl VcpuCore {
     }
 }
 
+/// A CPUID table as the processor takes it.
+fn processor_table(table: &[kvm_cpuid_entry2]) -> Vec<CpuidEntry> {
+    let entry = |entry: &kvm_cpuid_entry2| CpuidEntry {
+        leaf: entry.function,
+        subleaf: entry.index,
+        has_subleaf: entry.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0,
+        eax: entry.eax,
+        ebx: entry.ebx,
+        ecx: entry.ecx,
+        edx: entry.edx,
+    };
+    table.iter().map(entry).collect()
+}
+
 /// A virtual processor: what a vCPU descriptor refers to. Clones refer to the same vCPU, and keep
 /// its VM alive.
 ///
@@ -365,20 +379,10 @@ impl Vcpu {
             return Err(Errno::INVAL);
         }
         self.vm.offer_nesting(&self.core, cpuid::is_nested(table))?;
-        state.cpu.set_cpuid(
-            table
-                .iter()
-                .map(|entry| CpuidEntry {
-                    leaf: entry.function,
-                    subleaf: entry.index,
-                    has_subleaf: entry.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0,
-                    eax: entry.eax,
-                    ebx: entry.ebx,
-                    ecx: entry.ecx,
-                    edx: entry.edx,
-                })
-                .collect(),
-        );
+        // A trust domain's processor is told by the TDX module.
+        if self.vm.td().is_none() {
+            state.cpu.set_cpuid(processor_table(table));
+        }
         state.cpuid = table.to_vec();
         Ok(())
     }

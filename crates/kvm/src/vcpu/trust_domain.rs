@@ -1,15 +1,15 @@
 //! A vCPU that the TDX module knows: how it starts, which tables it walks, and how its guest runs.
 
 use super::signal::Running;
-use super::{Vcpu, VcpuState, lapic, tdcall};
+use super::{Vcpu, VcpuState, lapic, processor_table, tdcall};
 use crate::cpuid;
 use crate::td::{Td, TdVcpu};
-use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MP_STATE_RUNNABLE, kvm_cpuid_entry2};
+use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_cpuid_entry2};
 use rustix::io::Errno;
 use std::sync::atomic::Ordering;
 use twofold_arch::eptp::Eptp;
 use twofold_arch::{Gpa, Level, Pferr};
-use twofold_cpu::{CpuidEntry, Exit, Registers, SecondStage, SystemRegisters, VeControl};
+use twofold_cpu::{Exit, Registers, SecondStage, SystemRegisters, VeControl};
 use twofold_mmu::{Reader, TdRoots};
 
 impl Vcpu {
@@ -136,16 +136,7 @@ impl VcpuState {
     ) {
         self.td = Some(td);
         self.cpu.set_td(true);
-        let table = table.iter().map(|leaf| CpuidEntry {
-            leaf: leaf.function,
-            subleaf: leaf.index,
-            has_subleaf: leaf.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0,
-            eax: leaf.eax,
-            ebx: leaf.ebx,
-            ecx: leaf.ecx,
-            edx: leaf.edx,
-        });
-        self.cpu.set_cpuid(table.collect());
+        self.cpu.set_cpuid(processor_table(table));
         self.cpu.set_ve(Some(VeControl {
             page: td.ve_info,
             intercept: false,
