@@ -154,6 +154,32 @@ fn give_and_take(hyp: &Hyp<'_>, part: Part) -> Result<f64> {
     Ok(figure)
 }
 
+/// What of lending is measured.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Lend {
+    Share,
+    Unshare,
+}
+
+/// Lends pages to the hypervisor and takes them back. Returns what `part` takes a page.
+fn lend_and_take_back(hyp: &Hyp<'_>, part: Lend) -> Result<f64> {
+    let count = MEASURED.end - MEASURED.start;
+    let mut results = [Ok(()), Ok(())];
+    let share = per_item(count, || {
+        results[0] = measured().try_for_each(|(_, page)| hyp.host_share_hyp(page));
+    });
+    let unshare = per_item(count, || {
+        results[1] = measured().try_for_each(|(_, page)| hyp.host_unshare_hyp(page));
+    });
+    let [shared, unshared] = results;
+    shared?;
+    unshared?;
+    Ok(match part {
+        Lend::Share => share,
+        Lend::Unshare => unshare,
+    })
+}
+
 fn row(what: &'static str, figures: Comparison) -> Row {
     Row {
         what,
@@ -236,19 +262,13 @@ pub(crate) fn rows(meter: Meter) -> Result<Vec<Row>> {
     });
     rows.push(row(what, figures.run(meter)?));
 
-    let what = "pkvm: share a page with the hypervisor and unshare it";
-    let figures = Contest::new(what).ours(|| {
-        let mut result = Ok(());
-        let figure = per_item(count, || {
-            result = measured().try_for_each(|(_, page)| {
-                hyp.host_share_hyp(page)?;
-                hyp.host_unshare_hyp(page)
-            });
-        });
-        result?;
-        Ok(figure)
-    });
-    rows.push(row(what, figures.run(meter)?));
+    for (what, measured_part) in [
+        ("pkvm: share a page with the hypervisor", Lend::Share),
+        ("pkvm: unshare it", Lend::Unshare),
+    ] {
+        let figures = Contest::new(what).ours(|| lend_and_take_back(&hyp, measured_part));
+        rows.push(row(what, figures.run(meter)?));
+    }
 
     let what = "pkvm: donate a page to a guest";
     let figures = Contest::new(what).ours(|| give_and_take(&hyp, Part::Donate));

@@ -211,6 +211,11 @@ impl Vm {
     /// Ends the VM and counts the pages that came back, all of them empty but for the link.
     pub(crate) fn end(self, frames: &[u64]) -> u64 {
         assert_eq!(call(Call::StartTeardownVm, &[self.handle]), Ok(0));
+        self.finish(frames)
+    }
+
+    /// The same for a VM that is dying.
+    pub(crate) fn finish(self, frames: &[u64]) -> u64 {
         for frame in frames {
             assert_eq!(
                 call(Call::ReclaimDyingGuestPage, &[self.handle, *frame]),
