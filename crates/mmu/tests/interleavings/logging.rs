@@ -31,7 +31,7 @@ fn writer<F: Processor>(cpu: Cpu) -> Work<F> {
 }
 
 /// A guest writes while its writes are collected.
-fn collected<F: Processor>(machine: Arc<Machine<F>>, clear: bool, age: bool) {
+pub(crate) fn collected<F: Processor>(machine: Arc<Machine<F>>, clear: bool, age: bool) {
     let mut cpu = machine.cpu(0);
     machine.access(&mut cpu, 1, true);
     let reported = Reported::default();

@@ -8,7 +8,10 @@ use shuttle::thread;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::ptr::NonNull;
+use std::sync::atomic::AtomicU64 as AtomicEntry;
+use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Mutex};
+use twofold_arch::sppt::{AccessMap, SpptEntry, WriteVector};
 use twofold_arch::{Gfn, Hpa, Level, Pferr};
 use twofold_mmu::{
     Config, DirtyGfn, Fault, FaultError, Host, HostPage, ManualProtect, Mmu, Outcome,
@@ -63,6 +66,8 @@ impl HostMemory {
 struct Translation {
     frame: u64,
     write: bool,
+    /// The sub-page permission table has allowed a write, which the processor remembers.
+    sub_page: bool,
     /// Finding it has put the page into the processor's log.
     logged: bool,
 }
@@ -208,6 +213,15 @@ pub(crate) enum Access {
     Lost,
     /// Something kept changing.
     GaveUp,
+    /// The access map forbids it.
+    Denied,
+}
+
+/// Why a processor leaves the guest.
+enum Exit {
+    Fault(Pferr),
+    /// The sub-page permission table has no vector.
+    Miss,
 }
 
 /// Slots: first frame, pages, host page. The second fills a table.
@@ -390,7 +404,58 @@ impl<F: Processor> Machine<F> {
         assert_eq!(world.live_tables(), 0, "tables leaked");
     }
 
-    fn walk(&self, cpu: &Cpu, gfn: Gfn, write: bool) -> Result<Translation, Pferr> {
+    /// Protects a page: writes to its beginning are allowed or not. Returns the number of its writes
+    /// until then.
+    pub(crate) fn protect(&self, gfn: u64, allowed: bool) -> u64 {
+        let map = AccessMap(0xff00 | u32::from(allowed));
+        self.mmu.set_access(0, Gfn::new(gfn), &[map]).unwrap();
+        self.writes_to(gfn)
+    }
+
+    /// The number of writes to a page until now.
+    pub(crate) fn writes_to(&self, gfn: u64) -> u64 {
+        let mut slots = SLOTS.iter();
+        let (base, _, host) = slots.rfind(|(base, ..)| *base <= gfn).unwrap();
+        let mut memory = self.world.memory.lock().unwrap();
+        memory.page(host + gfn - base).written
+    }
+
+    /// An entry of a table, as a processor reads it. `None` if a flush has come since there were
+    /// `flushed`: what the walk has read is forgotten. The switch to others comes first, so that
+    /// it is seen before the table is touched.
+    fn read(&self, cpu: &Cpu, flushed: u64, table: Hpa, index: usize) -> Option<&AtomicEntry> {
+        switch_point();
+        if self.world.tlbs.lock().unwrap()[cpu.number].flushed != flushed {
+            return None;
+        }
+        let number = ((table.get() - TABLES_AT) / PAGE) as usize;
+        assert!(
+            self.world.tables.lock().unwrap()[number],
+            "a processor walks a table that is not allocated"
+        );
+        let entry = self.world.bytes[number][index..].as_ptr();
+        // SAFETY: an entry of a table page; one thread runs at a time.
+        Some(unsafe { AtomicEntry::from_ptr(entry.cast_mut()) })
+    }
+
+    /// What the sub-page permission table says of a write to the beginning of a page. `None` as for
+    /// [`read`](Self::read).
+    fn look_up(&self, cpu: &Cpu, flushed: u64, gfn: Gfn) -> Option<Result<bool, Exit>> {
+        let mut table = self.mmu.sppt_root(RootRole::NORMAL).unwrap();
+        for level in [Level::L512G, Level::L1G, Level::L2M] {
+            let entry = self.read(cpu, flushed, table, level.index(gfn))?;
+            table = match SpptEntry::decode(entry.load(SeqCst), 52) {
+                SpptEntry::NotPresent => return Some(Err(Exit::Miss)),
+                SpptEntry::Reserved => panic!("a misconfigured table"),
+                SpptEntry::Table(next) => next,
+            };
+        }
+        let vector = self.read(cpu, flushed, table, Level::L4K.index(gfn))?;
+        let map = WriteVector(vector.load(SeqCst)).access_map();
+        Some(Ok(map.expect("a misconfigured vector").allows(0, 1)))
+    }
+
+    fn walk(&self, cpu: &Cpu, gfn: Gfn, write: bool) -> Result<Translation, Exit> {
         let key = (cpu.root.hpa().get(), gfn.get());
         let error = if write { Pferr::WRITE } else { Pferr::USER };
         'again: loop {
@@ -399,7 +464,7 @@ impl<F: Processor> Machine<F> {
                 let tlbs = self.world.tlbs.lock().unwrap();
                 let tlb = &tlbs[cpu.number];
                 if let Some(known) = tlb.translations.get(&key)
-                    && (known.write || !write)
+                    && (known.write || known.sub_page || !write)
                 {
                     return Ok(Translation {
                         logged: false,
@@ -410,42 +475,52 @@ impl<F: Processor> Machine<F> {
             };
             let (mut table, mut level) = (cpu.root.hpa(), Level::L512G);
             loop {
-                // A flush stops a walk that is going on: what it has read is forgotten. The switch
-                // to others comes first, so that it is seen before the table is touched.
-                switch_point();
-                if self.world.tlbs.lock().unwrap()[cpu.number].flushed != flushed {
+                let Some(entry) = self.read(cpu, flushed, table, level.index(gfn)) else {
                     continue 'again;
-                }
-                let number = ((table.get() - TABLES_AT) / PAGE) as usize;
-                assert!(
-                    self.world.tables.lock().unwrap()[number],
-                    "a processor walks a table that is not allocated"
-                );
-                let entry = self.world.bytes[number][level.index(gfn)..].as_ptr();
-                // SAFETY: an entry of a table page; one thread runs at a time.
-                let entry = unsafe { std::sync::atomic::AtomicU64::from_ptr(entry.cast_mut()) };
-                let value = entry.load(std::sync::atomic::Ordering::SeqCst);
+                };
+                let value = entry.load(SeqCst);
                 match F::entry(value, level) {
-                    Step::Nothing => return Err(error),
-                    Step::Refused => return Err(error | Pferr::RSVD),
+                    Step::Nothing => return Err(Exit::Fault(error)),
+                    Step::Refused => return Err(Exit::Fault(error | Pferr::RSVD)),
                     Step::Table(next) => {
                         table = next;
                         level = level.below().unwrap();
                     }
-                    Step::Leaf { write: false, .. } if write => return Err(error | Pferr::PRESENT),
-                    Step::Leaf { hpa, write, .. } => {
+                    Step::Leaf {
+                        hpa,
+                        write: has_write,
+                        ..
+                    } => {
+                        let mut sub_page = false;
+                        if write && !has_write {
+                            let asks = level == Level::L4K && value & F::SUB_PAGE_WRITE != 0;
+                            if asks {
+                                let Some(answer) = self.look_up(cpu, flushed, gfn) else {
+                                    continue 'again;
+                                };
+                                sub_page = answer?;
+                            }
+                            if !sub_page {
+                                return Err(Exit::Fault(error | Pferr::PRESENT));
+                            }
+                        }
                         // Accessed, and dirty if it is written, in the same step; a processor
                         // without such bits writes as soon as it may.
                         let flags = self.mmu.has_accessed_dirty();
                         let dirty = if error.is_write() { F::DIRTY } else { 0 };
                         if flags {
+                            // The table was asked meanwhile: a leaf that has changed is not used.
                             let used = value | F::ACCESSED | dirty;
-                            entry.store(used, std::sync::atomic::Ordering::SeqCst);
+                            if entry.compare_exchange(value, used, SeqCst, SeqCst).is_err() {
+                                continue 'again;
+                            }
                         }
                         let offset = gfn.get() & (level.frames() - 1);
                         let found = Translation {
                             frame: (hpa.get() >> 12) + offset,
-                            write: write && (!flags || error.is_write() || value & F::DIRTY != 0),
+                            write: has_write
+                                && (!flags || error.is_write() || value & F::DIRTY != 0),
+                            sub_page,
                             logged: flags
                                 && error.is_write()
                                 && value & F::DIRTY == 0
@@ -464,7 +539,7 @@ impl<F: Processor> Machine<F> {
     pub(crate) fn access(&self, cpu: &mut Cpu, gfn: u64, write: bool) -> Access {
         let gfn = Gfn::new(gfn);
         for _ in 0..12 {
-            let error = match self.walk(cpu, gfn, write) {
+            let exit = match self.walk(cpu, gfn, write) {
                 Ok(found) => {
                     let mut memory = self.world.memory.lock().unwrap();
                     let page = memory.at(found.frame);
@@ -477,14 +552,19 @@ impl<F: Processor> Machine<F> {
                     }
                     return Access::Made;
                 }
-                Err(error) => error,
+                Err(exit) => exit,
             };
             cpu.faults += 1;
-            let fault = Fault {
-                gpa: gfn.address(),
-                error,
+            let gpa = gfn.address();
+            let outcome = match exit {
+                Exit::Fault(error) => {
+                    let fault = Fault { gpa, error };
+                    self.mmu.fault(&mut cpu.reader, &cpu.root, fault)
+                }
+                Exit::Miss => self.mmu.sppt_miss(&mut cpu.reader, &cpu.root, gpa),
             };
-            match self.mmu.fault(&mut cpu.reader, &cpu.root, fault) {
+            match outcome {
+                Ok(Outcome::SubPageDenied) => return Access::Denied,
                 Ok(Outcome::Fixed { .. } | Outcome::Spurious) => {}
                 Ok(Outcome::Mmio) => return Access::Mmio,
                 Ok(Outcome::Retry) => thread::yield_now(),

@@ -20,6 +20,7 @@ mod logging;
 mod machine;
 mod scheduler;
 mod sizes;
+mod sub_pages;
 
 use common::Processor;
 use machine::{Access, Cpu, Machine};
