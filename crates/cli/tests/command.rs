@@ -280,3 +280,41 @@ fn the_private_guest_keeps_its_secrets_from_the_program_that_runs_it() {
         );
     }
 }
+
+#[test]
+fn the_guarded_guest_changes_its_kernel_only_as_the_kernel_does() {
+    let profile: &[&str] = if cfg!(debug_assertions) {
+        &[]
+    } else {
+        &["--release"]
+    };
+    let built = Command::new(env!("CARGO"))
+        .args(["build", "--quiet", "-p", "twofold-preload", "-p", "spp"])
+        .args(profile)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .unwrap();
+    assert!(built.status.success(), "{}", text(&built));
+    let spp = Path::new(env!("CARGO_BIN_EXE_twofold")).with_file_name("spp");
+    let spp = spp.to_str().unwrap();
+
+    let output = twofold(&["run", "--summary", "--second-stage", "ept", "--", spp]);
+    assert_says(
+        &output,
+        0,
+        &[
+            "exploit+0x0 wants to write credentials+0x0",
+            "gpa 0x180310): dropped",
+            "hook+0x7 wants to write system calls+0xd8",
+            "overflow+0xf wants to write credentials+0x0",
+            "set_user+0x0 wants to write credentials+0x0",
+            "both are intact: user 1001, group 1000, no capabilities",
+            // The boot, five reports, one step, the end; of 4000 other writes none.
+            "guarding pieces   took      8 exits",
+        ],
+    );
+    assert!(text(&output).contains("spp 4"), "{}", text(&output));
+
+    let output = twofold(&["run", "--second-stage", "npt", "--", spp]);
+    assert_says(&output, 1, &["this KVM does not protect sub-pages"]);
+}
