@@ -90,6 +90,9 @@ impl Core {
             smap_suspended: false,
         };
         let mapping = self.first_stage(linear, access)?;
+        if self.mem.walker.forbids_code(mapping.gpa) {
+            return Err(self.reserved_address(linear, access));
+        }
         let Some(page) = self.final_stage(linear, 1, &mapping, Operation::Fetch)? else {
             // Code in emulated memory: KVM cannot fetch it either.
             return Err(self.unknown());

@@ -383,7 +383,12 @@ impl Core {
         if !paging.is_canonical(linear) {
             return Err(self.not_canonical(linear));
         }
-        match paging.walk(&mut NestedTables { core: self, linear }, linear, access) {
+        let mut tables = NestedTables {
+            core: self,
+            linear,
+            access,
+        };
+        match paging.walk(&mut tables, linear, access) {
             Ok(mapping) => Ok(mapping),
             Err(Failure::PageFault(error_code)) => Err(self.page_fault(linear, error_code)),
             Err(Failure::Tables(trap)) => Err(trap),
@@ -503,6 +508,7 @@ impl Core {
 struct NestedTables<'a> {
     core: &'a mut Core,
     linear: u64,
+    access: LinearAccess,
 }
 
 impl NestedTables<'_> {
@@ -512,6 +518,9 @@ impl NestedTables<'_> {
         let cached = self.core.mem.table_pages.0[TablePages::slot(gpa)];
         if cached.gpa == page && (cached.writable || !write) {
             return Ok(Some(cached));
+        }
+        if self.core.mem.walker.forbids_code(gpa) {
+            return Err(self.core.reserved_address(self.linear, self.access));
         }
         let write = write || self.core.mem.walker.guest_tables_are_written();
         let access = GuestAccess {

@@ -294,7 +294,7 @@ impl Paging {
     }
 
     /// Error code bits that depend on the access alone.
-    fn access_code(&self, access: LinearAccess) -> u32 {
+    pub(super) fn access_code(&self, access: LinearAccess) -> u32 {
         let mut error = 0;
         if access.write {
             error |= code::WRITE;

@@ -425,6 +425,15 @@ impl Walker {
         }
     }
 
+    /// Whether a TD's code and page tables may not be at an address: they are private, and have no
+    /// bits above the shared one either.
+    pub(crate) fn forbids_code(&self, gpa: u64) -> bool {
+        match self.tables {
+            Tables::Td(td) => gpa >> td.shared_bit != 0,
+            Tables::Ept(_) | Tables::Npt(_) => false,
+        }
+    }
+
     /// Whether an address is that of a TD and has bits above the shared one.
     pub(crate) fn is_beyond_shared_bit(&self, gpa: Gpa) -> bool {
         match self.tables {

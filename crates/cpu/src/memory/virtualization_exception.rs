@@ -7,7 +7,7 @@
 //! and the page's owner clears. A misconfiguration always leaves the guest.
 
 use super::access::{Datum, Vanished};
-use super::stage1::code;
+use super::stage1::{LinearAccess, code};
 use super::stage2::Refusal;
 use crate::core_state::Core;
 use crate::trap::{Exception, Exit, SecondStageFault, Trap, vector};
@@ -127,6 +127,13 @@ impl Core {
             Ok(()) if control.intercept => self.leave(Exit::VirtualizationException(info)),
             Ok(()) => self.raise(EXCEPTION),
         }
+    }
+
+    /// #PF with a reserved bit, for code or page tables of a TD where they may not be.
+    #[cold]
+    pub(super) fn reserved_address(&mut self, linear: u64, access: LinearAccess) -> Trap {
+        let error = self.mem.paging.access_code(access) | code::PRESENT | code::RESERVED;
+        self.page_fault(linear, error)
     }
 
     /// The error code for a guest-physical address of a TD with bits set that it does not have:

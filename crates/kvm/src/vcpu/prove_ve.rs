@@ -151,6 +151,8 @@ mod tests {
             let (_vm, vcpu) = guest(&mut memory);
             if proved {
                 vcpu.state().prove_ve();
+            } else {
+                vcpu.state().cpu.set_ve(None);
             }
             assert!(halts_before(&vcpu, 0x1001));
             let walk = vcpu.state().cpu.second_stage_walk(Gpa::new(DATA));

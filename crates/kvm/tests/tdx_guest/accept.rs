@@ -69,9 +69,9 @@ fn what_is_no_private_page_cannot_be_accepted() {
             RAM | 2,
             RAM | 7,
             RAM | 8,
-            RAM + 0x1000 | LEVEL_2M,
+            (RAM + 0x1000) | LEVEL_2M,
             1 << 52,
-            u64::MAX & !0xfff,
+            !0xfff,
         ] {
             assert_eq!(high(td.accept(rcx)), OPERAND_INVALID, "{rcx:#x}");
         }

@@ -117,7 +117,7 @@ fn requests_that_make_no_sense_are_refused_with_their_address() {
         let shared = 1_u64 << shared_bit;
         for (start, bytes, status) in [
             (RAM, 0, INVALID_OPERAND),
-            (u64::MAX & !0xfff, 0x2000, INVALID_OPERAND),
+            (!0xfff, 0x2000, INVALID_OPERAND),
             (shared - 0x1000, 0x2000, INVALID_OPERAND),
             (2 * shared, 0x1000, INVALID_OPERAND),
             (RAM + 1, 0x1000, ALIGN_ERROR),

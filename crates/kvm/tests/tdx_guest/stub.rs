@@ -315,7 +315,7 @@ pub(crate) fn pages(shared_bit: u32) -> Vec<u8> {
     };
     const TABLE: u64 = 0b11;
     const LARGE_PAGE: u64 = 0b1000_0011;
-    put(0, PAGES_AT + 0x1000 | TABLE);
+    put(0, (PAGES_AT + 0x1000) | TABLE);
     for gigabyte in 0..4 {
         let address = (gigabyte as u64) << 30;
         put(0x1000 + 8 * gigabyte, address | LARGE_PAGE);

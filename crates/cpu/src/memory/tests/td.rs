@@ -136,3 +136,42 @@ fn bits_above_the_shared_one_are_reserved_in_the_guests_tables() {
         1 << 50 | 0x20 << 12
     );
 }
+
+#[test]
+fn code_and_page_tables_are_private() {
+    for shared_bit in [47, 51] {
+        let host = Host::new(SecondStageKind::Ept);
+        let machine = host.machine();
+        let shared = 1u64 << shared_bit;
+        // A page with data may be shared, code may not.
+        let mut cpu = td(&host, &machine, shared_bit);
+        host.put(11, 0x21, shared | 0x20 << 12 | 7);
+        assert_eq!(cpu.core.load::<u8>(0x21_000), Ok(0));
+        cpu.core.efer |= efer::NXE;
+        cpu.core.flush_tlb();
+        let result = cpu.core.exec_place(0x21_010);
+        let expected = code::PRESENT | code::RESERVED | code::FETCH;
+        assert_eq!(
+            fault_of(&cpu.core, result),
+            (vector::PF, Some(expected), Some(0x21_010))
+        );
+        // The table with the leaves, although the shared half has memory there.
+        host.put(10, 0, shared | 0x20 << 12 | 7);
+        cpu.core.flush_tlb();
+        let result = cpu.core.store(0x20_008, 1u8);
+        let expected = code::PRESENT | code::RESERVED | code::WRITE;
+        assert_eq!(
+            fault_of(&cpu.core, result),
+            (vector::PF, Some(expected), Some(0x20_008))
+        );
+        // And the root.
+        cpu.core.cr3 = shared | 8 << 12;
+        cpu.core.flush_tlb();
+        let result = cpu.core.load::<u8>(0x20_008);
+        let (vector, error, _) = fault_of(&cpu.core, result);
+        assert_eq!(
+            (vector, error),
+            (vector::PF, Some(code::PRESENT | code::RESERVED))
+        );
+    }
+}
