@@ -21,6 +21,7 @@ mod machine;
 mod scheduler;
 mod sizes;
 mod sub_pages;
+mod td;
 
 use common::Processor;
 use machine::{Access, Cpu, Machine};

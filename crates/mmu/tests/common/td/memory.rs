@@ -14,7 +14,7 @@ use twofold_tdx::{Platform, Point, TD_PARAMS_BYTES};
 pub const PAGE: u64 = 4096;
 /// The machine's memory begins here: addresses are not offsets.
 pub const BASE: u64 = 0x1_0000_0000;
-pub const PAGES: u64 = 400;
+pub const PAGES: u64 = if cfg!(shuttle) { 80 } else { 400 };
 /// Where the slots' shared memory is in the program.
 pub const HVA: u64 = 0x4000_0000;
 /// Addresses of the guest memory file.
@@ -50,6 +50,14 @@ unsafe impl Sync for Memory {}
 pub fn switch_point() {
     #[cfg(shuttle)]
     shuttle::sync::atomic::AtomicBool::new(false).load(Ordering::SeqCst);
+}
+
+/// Lets the others go on.
+pub fn give_way() {
+    #[cfg(shuttle)]
+    shuttle::thread::yield_now();
+    #[cfg(not(shuttle))]
+    std::thread::yield_now();
 }
 
 impl Memory {
@@ -251,8 +259,7 @@ unsafe impl Host for Machine {
     }
 
     fn wait_hint(&self) {
-        #[cfg(shuttle)]
-        shuttle::thread::yield_now();
+        give_way();
     }
 }
 

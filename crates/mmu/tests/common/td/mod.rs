@@ -97,6 +97,7 @@ impl TdMachine {
             let keys: Vec<_> = file.range(addresses).map(|(&key, _)| key).collect();
             keys.iter().filter_map(|key| file.remove(key)).collect()
         };
+        assert_eq!(self.mmu.bug(), None);
         for page in pages {
             assert_eq!(
                 self.td.module.metadata(page),

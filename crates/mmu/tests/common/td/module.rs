@@ -1,7 +1,7 @@
 //! The TD, as the hypervisor sees it: the real module behind the MMU's hooks, and guests that use
 //! what they have found as long as they are inside.
 
-use super::memory::{BASE, Machine, Memory, PAGE, PAGES, switch_point};
+use super::memory::{BASE, Machine, Memory, PAGE, PAGES, give_way, switch_point};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -9,19 +9,27 @@ use twofold_arch::ept::{self, EptCaps, EptEntry};
 use twofold_arch::{Gfn, Hpa, Level};
 use twofold_mmu::{ExternalError, ExternalTables, Unknown};
 use twofold_tdx::{
-    Accept, Entered, Failure, Module, PageType, SeptEntry, State, Status, TDCX_PAGES, TDVPX_PAGES,
+    Accept, Entered, Failure, Module, PageType, SeptEntry, State, TDCX_PAGES, TDVPX_PAGES,
 };
 
 /// A virtual processor that is inside, and which of its runs this is.
 struct Inside {
-    _entered: Entered<'static, Machine>,
+    entered: Entered<'static, Machine>,
     run: u64,
+}
+
+/// Where a virtual processor is.
+enum Place {
+    Outside,
+    /// On its way in or out.
+    Moving,
+    Inside(Arc<Inside>),
 }
 
 /// The TD, as the hypervisor sees it: the MMU's hooks.
 pub struct Td {
     /// Before the module, which they refer to.
-    inside: Mutex<Vec<Option<Inside>>>,
+    processors: Mutex<Vec<Place>>,
     /// Translations of each virtual processor.
     tlbs: Mutex<Vec<BTreeMap<u64, Hpa>>>,
     runs: AtomicU64,
@@ -85,7 +93,7 @@ impl Td {
             })
             .collect();
         Arc::new(Self {
-            inside: Mutex::new(vcpus.iter().map(|_| None).collect()),
+            processors: Mutex::new(vcpus.iter().map(|_| Place::Outside).collect()),
             tlbs: Mutex::new(vcpus.iter().map(|_| BTreeMap::new()).collect()),
             runs: AtomicU64::new(0),
             module,
@@ -113,43 +121,70 @@ impl Td {
     /// The virtual processor goes inside. `false` if it is not let in now.
     pub fn enter(&self, vcpu: usize) -> bool {
         switch_point();
-        if self.held.load(Ordering::SeqCst) || self.run_of(vcpu).is_some() {
-            return false;
-        }
-        let Ok(entered) = self.module.vp_enter(self.vcpus[vcpu]) else {
-            return false;
-        };
-        if entered.must_flush() {
-            self.tlbs.lock().unwrap()[vcpu].clear();
-        }
-        // SAFETY: the module is in the same value, behind `Arc`, and dropped after it.
-        let entered = unsafe {
-            std::mem::transmute::<Entered<'_, Machine>, Entered<'static, Machine>>(entered)
-        };
-        let mut inside = Some(Inside {
-            _entered: entered,
-            run: self.runs.fetch_add(1, Ordering::SeqCst),
-        });
-        switch_point();
         {
-            // Held while it was on its way in: it leaves at once.
-            let mut all = self.inside.lock().unwrap();
-            if !self.held.load(Ordering::SeqCst) {
-                all[vcpu] = inside.take();
+            let mut processors = self.processors.lock().unwrap();
+            if self.held.load(Ordering::SeqCst) || !matches!(processors[vcpu], Place::Outside) {
+                return false;
             }
+            // From here on who kicks waits for it.
+            processors[vcpu] = Place::Moving;
         }
-        inside.is_none()
+        let entered = self.module.vp_enter(self.vcpus[vcpu]);
+        let place = match entered {
+            Err(_) => Place::Outside,
+            Ok(entered) => {
+                if entered.must_flush() {
+                    self.tlbs.lock().unwrap()[vcpu].clear();
+                }
+                // SAFETY: the module is in the same value, behind `Arc`, and dropped after it.
+                let entered = unsafe {
+                    std::mem::transmute::<Entered<'_, Machine>, Entered<'static, Machine>>(entered)
+                };
+                Place::Inside(Arc::new(Inside {
+                    entered,
+                    run: self.runs.fetch_add(1, Ordering::SeqCst),
+                }))
+            }
+        };
+        let is_inside = matches!(place, Place::Inside(_));
+        self.processors.lock().unwrap()[vcpu] = place;
+        is_inside
     }
 
+    /// The virtual processor leaves, if it is inside or on its way. It is outside when this returns.
     pub fn leave(&self, vcpu: usize) {
-        let left = self.inside.lock().unwrap()[vcpu].take();
-        drop(left);
+        loop {
+            let place = {
+                let mut processors = self.processors.lock().unwrap();
+                match processors[vcpu] {
+                    Place::Outside => return,
+                    _ => std::mem::replace(&mut processors[vcpu], Place::Moving),
+                }
+            };
+            let Place::Inside(mut left) = place else {
+                give_way();
+                continue;
+            };
+            // In the middle of something that the module does for it.
+            while Arc::get_mut(&mut left).is_none() {
+                give_way();
+            }
+            drop(left);
+            self.processors.lock().unwrap()[vcpu] = Place::Outside;
+            return;
+        }
+    }
+
+    fn inside(&self, vcpu: usize) -> Option<Arc<Inside>> {
+        match &self.processors.lock().unwrap()[vcpu] {
+            Place::Inside(inside) => Some(Arc::clone(inside)),
+            Place::Outside | Place::Moving => None,
+        }
     }
 
     /// Which run the virtual processor is in, if it is inside.
     fn run_of(&self, vcpu: usize) -> Option<u64> {
-        let inside = self.inside.lock().unwrap();
-        inside[vcpu].as_ref().map(|inside| inside.run)
+        self.inside(vcpu).map(|inside| inside.run)
     }
 
     fn kick(&self) {
@@ -161,12 +196,8 @@ impl Td {
 
     /// TDG.MEM.PAGE.ACCEPT by a virtual processor that is inside.
     pub fn accept(&self, vcpu: usize, gfn: u64) -> Option<Accept> {
-        let mut inside = self.inside.lock().unwrap();
-        let entered = inside[vcpu].take()?;
-        drop(inside);
-        let result = entered._entered.accept(info(Gfn::new(gfn), Level::L4K));
-        self.inside.lock().unwrap()[vcpu] = Some(entered);
-        Some(result)
+        let inside = self.inside(vcpu)?;
+        Some(inside.entered.accept(info(Gfn::new(gfn), Level::L4K)))
     }
 
     /// The guest uses private memory: through a translation that it has, or one that it finds now.
@@ -217,25 +248,31 @@ impl Td {
         }
     }
 
-    /// The leaf that the Secure EPT has for `gfn`.
-    pub fn secure(&self, gfn: u64) -> Option<(Hpa, State)> {
+    /// The leaf that the Secure EPT has for `gfn`, as a look from outside finds it.
+    fn leaf_entry(&self, gfn: u64) -> Option<SeptEntry> {
         let (mut table, mut level) = self.module.sept_root(self.tdr)?;
         loop {
             let index = Level::from_number(level).unwrap().index(Gfn::new(gfn));
             let entry = SeptEntry::from_raw(self.memory.entry(table, index));
-            assert!(!entry.is_locked(), "a lock was left behind");
             match entry.state().unwrap() {
                 State::Free => return None,
                 State::NonLeafMapped => {
                     table = entry.page(level - 1);
                     level -= 1;
                 }
-                state => {
+                _ => {
                     assert_eq!(level, 1, "{entry:?}");
-                    return Some((entry.page(0), state));
+                    return Some(entry);
                 }
             }
         }
+    }
+
+    /// [`leaf_entry`](Self::leaf_entry) while nobody changes it: its page and state.
+    pub fn secure(&self, gfn: u64) -> Option<(Hpa, State)> {
+        let entry = self.leaf_entry(gfn)?;
+        assert!(!entry.is_locked(), "a lock was left behind");
+        Some((entry.page(0), entry.state().unwrap()))
     }
 
     /// Pages that belong to the TD, by kind.
@@ -334,13 +371,9 @@ impl ExternalTables for Td {
     }
 
     fn leaf(&self, gfn: Gfn, level: Level) -> Result<Option<Hpa>, Unknown> {
-        match self.module.sept_read(info(gfn, level), self.tdr) {
-            Ok((entry, level)) => {
-                let leaf = entry.state().is_some_and(State::is_leaf);
-                Ok(leaf.then(|| entry.page(level)))
-            }
-            Err(failure) if failure.status.is(Status::EPT_WALK_FAILED) => Ok(None),
-            Err(_) => Err(Unknown),
+        if level != Level::L4K {
+            return Err(Unknown);
         }
+        Ok(self.leaf_entry(gfn.get()).map(|entry| entry.page(0)))
     }
 }
