@@ -235,14 +235,19 @@ impl Vcpu {
                     Next::Return(kvm_bindings::KVM_EXIT_DEBUG)
                 }
                 Exit::Unknown(instruction) => {
+                    // A trust domain's code is not the program's to see.
+                    let shown = self.vm.td().is_none().then_some(instruction);
                     tracing::warn!(
                         vcpu = self.core.id,
                         rip = state.rip(),
-                        ?instruction,
+                        instruction = ?shown,
                         "the guest executed an instruction that this processor does not have"
                     );
-                    let length = usize::from(instruction.len).min(instruction.bytes.len());
-                    self.emulation_failure(&instruction.bytes[..length])
+                    let bytes = shown.as_ref().map_or(&[][..], |shown| {
+                        let length = usize::from(shown.len).min(shown.bytes.len());
+                        &shown.bytes[..length]
+                    });
+                    self.emulation_failure(bytes)
                 }
                 Exit::HostFault { hva } => self.host_fault(state, hva)?,
                 other => {

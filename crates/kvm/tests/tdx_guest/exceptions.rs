@@ -168,3 +168,40 @@ fn addresses_above_the_shared_bit_are_a_page_fault() {
         }
     }
 }
+
+#[test]
+fn code_in_shared_memory_is_a_page_fault() {
+    const PF: u64 = 14;
+    /// Present, a reserved bit, a fetch.
+    const ERROR: u64 = 0x19;
+    let td = Td::new();
+    // ret, where guest and program both can write.
+    let linear = Td::shared(stub::MAILBOX + 0xe00);
+    assert_eq!(td.store(linear, 0xc3), Ok(Stop::Done));
+    let Ok(Stop::Exception(vector, [error, rip])) =
+        td.execute(Instruction::Call, &[(reg::RDI, linear)])
+    else {
+        panic!("no exception");
+    };
+    assert_eq!((vector, error, rip), (PF, ERROR, linear));
+    // Private, it runs.
+    assert_eq!(td.accept(RAM), 0);
+    assert_eq!(td.store(RAM, 0xc3), Ok(Stop::Done));
+    let call = td.execute(Instruction::Call, &[(reg::RDI, RAM)]);
+    assert_eq!(call, Ok(Stop::Done));
+}
+
+#[test]
+fn an_instruction_that_nobody_executes_ends_without_showing_the_guests_code() {
+    let td = Td::new();
+    assert_eq!(td.accept(RAM), 0);
+    // fcos
+    assert_eq!(td.store(RAM, 0xffd9), Ok(Stop::Done));
+    let stop = td.execute(Instruction::Call, &[(reg::RDI, RAM)]);
+    assert_eq!(stop, Ok(Stop::Exit(kvm_bindings::KVM_EXIT_INTERNAL_ERROR)));
+    // suberror "emulation", and no data
+    assert_eq!((td.exit::<u32>(0), td.exit::<u32>(4)), (1, 0));
+    // Nor in other calls: the registers are the guest's.
+    let mut regs = kvm_bindings::kvm_regs::default();
+    assert!(td.vcpu.with(KVM_GET_REGS, &mut regs).is_err());
+}

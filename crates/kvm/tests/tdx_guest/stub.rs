@@ -58,6 +58,8 @@ pub(crate) enum Instruction {
     RepInsb,
     /// `sti; nop; cli`
     TakeInterrupts,
+    /// `call rdi`
+    Call,
 }
 
 /// The vector of the interrupt that the guest handles.
@@ -113,7 +115,7 @@ core::arch::global_asm!(
     "ret",
     ".balign 4",
     "40: .long 50f-40b, 51f-40b, 52f-40b, 53f-40b, 54f-40b, 55f-40b",
-    ".long 56f-40b, 57f-40b, 58f-40b, 59f-40b, 60f-40b, 61f-40b",
+    ".long 56f-40b, 57f-40b, 58f-40b, 59f-40b, 60f-40b, 61f-40b, 62f-40b",
     "50: .byte 0x66, 0x0f, 0x01, 0xcc",
     "jmp 31f",
     "51: mov rax, [rdi]",
@@ -139,6 +141,8 @@ core::arch::global_asm!(
     "61: sti",
     "nop",
     "cli",
+    "jmp 31f",
+    "62: call rdi",
     // The instruction has completed.
     "31: push r15",
     "mov r15, {mailbox}",
