@@ -25,6 +25,7 @@ mod report;
 mod slots;
 mod speed;
 mod split;
+mod sub_pages;
 mod tables;
 mod threads;
 mod zap;
@@ -36,7 +37,7 @@ use report::{Row, Style};
 type Subject = fn(Meter) -> anyhow::Result<Vec<Row>>;
 
 /// Subjects in the order of the table, each with the name that chooses it.
-const SUBJECTS: [(&str, Subject); 15] = [
+const SUBJECTS: [(&str, Subject); 16] = [
     ("client", client::rows),
     ("slots", slots::rows),
     ("map", map::rows),
@@ -51,6 +52,7 @@ const SUBJECTS: [(&str, Subject); 15] = [
     ("memory", memory::rows),
     ("private", private::rows),
     ("pkvm", pkvm::rows),
+    ("sub-pages", sub_pages::rows),
     ("speed", speed::rows),
 ];
 
