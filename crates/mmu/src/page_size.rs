@@ -15,8 +15,8 @@ const HUGE: [Level; 2] = [Level::L1G, Level::L2M];
 impl<F: MmuFormat, H: Host> Mmu<F, H> {
     /// Whether a leaf at `level` around `gfn`, a frame of `slot`, may exist at all: the slot holds
     /// all of it, guest and host addresses are congruent, it does not mix shared and private
-    /// memory, and no frame's sub-pages are protected. Whatever forbids huge leaves for longer than one fault is asked here and nowhere
-    /// else.
+    /// memory, and no frame's sub-pages are protected. Whatever forbids huge leaves for longer than
+    /// one fault is asked here and nowhere else.
     pub(crate) fn may_be_huge(&self, slot: &SlotInfo, gfn: Gfn, level: Level) -> bool {
         let frames = level.frames();
         let first = gfn.align_down(frames);

@@ -249,7 +249,8 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             let writable = bits::<F>(known, root, true, false);
             let guarded = bits::<F>(known, root, true, true);
             let as_id = known.info.as_id;
-            let may_guard = !known.is_private();
+            // All of them are in one region of 2M.
+            let may_guard = !known.is_private() && self.guards(as_id, first, Level::L2M);
             let leaf = |gpa: Gpa| {
                 let number = gpa.frame().get().wrapping_sub(first.get()) as usize;
                 match pages.get(number) {

@@ -44,7 +44,9 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         };
         let first = smaller_leaf::<F>(seen.value(), to, executable);
         let start = place.gpa().get();
-        let may_guard = to == Level::L4K && first & PRIVATE == 0;
+        let may_guard = to == Level::L4K
+            && first & PRIVATE == 0
+            && self.guards(as_id, place.gpa().frame(), from);
         let child = |gpa: Gpa| {
             let guarded = may_guard && self.guards(as_id, gpa.frame(), to);
             let leaf = first + (gpa.get() - start);

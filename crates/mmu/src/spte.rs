@@ -205,8 +205,8 @@ pub fn without_write<F: MmuFormat>(entry: u64) -> u64 {
     entry & !(F::WRITE | F::SUB_PAGE_WRITE)
 }
 
-/// The leaf `entry`, of 4K, as it has to be for a frame that is `guarded` now, or is not: W gives way
-/// to what stands in its place; where that is no longer wanted, the next write fetches W.
+/// The leaf `entry`, of 4K, as it has to be for a frame that is `guarded` now, or is not: W gives
+/// way to what stands in its place; where that is no longer wanted, the next write fetches W.
 #[inline]
 pub fn guarded<F: MmuFormat>(entry: u64, guarded: bool) -> u64 {
     match guarded {

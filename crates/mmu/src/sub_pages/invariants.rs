@@ -13,8 +13,8 @@ use twofold_table::sppt::{Sppt, is_cut};
 use twofold_table::{Cursor, Entry, Height};
 
 impl<F: MmuFormat, H: Host> Mmu<F, H> {
-    /// Whether a leaf allows writes to protected frames only by way of the sub-page permission table,
-    /// and to others without it; asked of each frame's map and not of the counts.
+    /// Whether a leaf allows writes to protected frames only by way of the sub-page permission
+    /// table, and to others without it; asked of each frame's map and not of the counts.
     pub(crate) fn obeys_access_map(&self, as_id: u16, gfn: Gfn, level: Level, entry: u64) -> bool {
         if entry & PRIVATE != 0 {
             return !spte::has_sub_pages::<F>(entry);

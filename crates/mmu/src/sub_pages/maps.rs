@@ -12,7 +12,10 @@ use crate::gigabytes::{self, Gigabytes, REGION, allocate};
 use crate::mmu::OutOfMemory;
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use alloc::boxed::Box;
+// A map is looked at after a count, where another thread may go on in the tests of interleavings;
+// at each of 512 maps in a row none needs to.
 use core::ops::Range;
+use core::sync::atomic::AtomicU32 as Map;
 use spin::Once;
 use twofold_arch::sppt::AccessMap;
 use twofold_arch::{Gfn, Level};
@@ -24,7 +27,7 @@ const REGIONS: usize = (gigabytes::FRAMES / REGION) as usize;
 struct Region {
     /// Frames whose map is not full.
     protected: AtomicU32,
-    maps: Once<Box<[AtomicU32]>>,
+    maps: Once<Box<[Map]>>,
 }
 
 #[derive(Debug)]
@@ -75,7 +78,7 @@ impl Gigabyte {
 
 impl Region {
     #[inline(always)]
-    fn map(&self, gfn: Gfn) -> Option<&AtomicU32> {
+    fn map(&self, gfn: Gfn) -> Option<&Map> {
         self.maps.get()?.get((gfn.get() % REGION) as usize)
     }
 }
@@ -149,7 +152,7 @@ impl AccessMaps {
         let region = gigabyte.region(gfn).ok_or(OutOfMemory)?;
         region
             .maps
-            .try_call_once(|| allocate(REGION as usize, || AtomicU32::new(AccessMap::FULL.0)))?;
+            .try_call_once(|| allocate(REGION as usize, || Map::new(AccessMap::FULL.0)))?;
         Ok(())
     }
 

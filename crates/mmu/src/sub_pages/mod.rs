@@ -37,7 +37,8 @@ pub const SUB_PAGE_MAX_PAGES: usize = 512;
 /// Why sub-page permissions cannot be enabled, set or read. Nothing has changed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum SubPageError {
-    /// Processors of this format cannot protect sub-pages, or [`Mmu::enable_sub_pages`] was not called: `-ENODEV`.
+    /// Processors of this format cannot protect sub-pages, or [`Mmu::enable_sub_pages`] was not
+    /// called: `-ENODEV`.
     #[error("sub-page write protection is not enabled, or the processor has none")]
     NotEnabled,
     /// More than [`SUB_PAGE_MAX_PAGES`]: `-EINVAL`.
@@ -127,8 +128,14 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     pub(crate) fn guards(&self, as_id: u16, gfn: Gfn, level: Level) -> bool {
         match self.sub_pages.in_use(as_id) {
             None => false,
-            Some(maps) => maps.protect(gfn, level),
+            // Apart, so that faults where nothing is protected stay small.
+            Some(maps) => Self::guards_in(maps, gfn, level),
         }
+    }
+
+    #[inline(never)]
+    fn guards_in(maps: &AccessMaps, gfn: Gfn, level: Level) -> bool {
+        maps.protect(gfn, level)
     }
 
     /// The access map of a frame, which means nothing while the frame is private.

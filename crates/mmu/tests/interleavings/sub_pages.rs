@@ -77,16 +77,12 @@ fn a_page_that_ages_comes_back_as_its_map_says() {
             accessed_dirty: false,
             ..narrow()
         };
-        let machine = machine(2, 0, Level::L4K, config);
-        let mut cpus = [machine.cpu(0), machine.cpu(1)];
-        for cpu in &mut cpus {
-            machine.access(cpu, 1, true);
-        }
-        let [a, b] = cpus;
+        let machine = machine(1, 0, Level::L4K, config);
+        let mut cpu = machine.cpu(0);
+        machine.access(&mut cpu, 1, true);
         let writes = Arc::default();
         let work = vec![
-            guest(a, &[(1, true), (1, true)], EITHER),
-            guest(b, &[(1, false)], &[Access::Made]),
+            guest(cpu, &[(1, false), (1, true), (1, true)], EITHER),
             Box::new(|machine: &Machine<Ept>| {
                 machine.mmu.clear_young_gfns(0, Gfn::new(1)..Gfn::new(2));
             }),
