@@ -25,6 +25,7 @@ mod report;
 mod slots;
 mod speed;
 mod split;
+mod spp;
 mod sub_pages;
 mod tables;
 mod threads;
@@ -37,7 +38,7 @@ use report::{Row, Style};
 type Subject = fn(Meter) -> anyhow::Result<Vec<Row>>;
 
 /// Subjects in the order of the table, each with the name that chooses it.
-const SUBJECTS: [(&str, Subject); 16] = [
+const SUBJECTS: [(&str, Subject); 17] = [
     ("client", client::rows),
     ("slots", slots::rows),
     ("map", map::rows),
@@ -53,6 +54,7 @@ const SUBJECTS: [(&str, Subject); 16] = [
     ("private", private::rows),
     ("pkvm", pkvm::rows),
     ("sub-pages", sub_pages::rows),
+    ("spp", spp::rows),
     ("speed", speed::rows),
 ];
 
