@@ -6,6 +6,7 @@ use super::{Vcpu, VcpuState};
 use crate::trace;
 use kvm_bindings::KVM_MEMORY_EXIT_FLAG_PRIVATE;
 use rustix::io::Errno;
+use std::sync::atomic::Ordering;
 use twofold_arch::qualification::Qualification;
 use twofold_arch::{Gpa, PAGE_SIZE, Pferr};
 use twofold_cpu::{Exception, SecondStageFault, vector};
@@ -56,7 +57,17 @@ impl Vcpu {
         let (tables, access) = (self.vm.tables(), Fault { gpa, error });
         let outcome = match (root, td_roots) {
             (Some(root), _) => tables.fault(reader, root, access),
-            (None, Some(roots)) => tables.td_fault(reader, roots, access),
+            // A TD that is entered again and again for the same access looks like one that is being
+            // stepped; so whoever is in the way is waited for out here.
+            (None, Some(roots)) => loop {
+                let outcome = tables.td_fault(reader, roots, access);
+                let private = error.contains(Pferr::PRIVATE_ACCESS);
+                let wanted = self.core.signalled.load(Ordering::Relaxed);
+                if outcome != Ok(Outcome::Retry) || !private || wanted {
+                    break outcome;
+                }
+                rustix::thread::sched_yield();
+            },
             (None, None) => return Ok(Next::Enter),
         };
         tracing::trace!(target: trace::TARGET, vcpu = self.core.id, ?outcome, "fault ended");
