@@ -8,7 +8,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## build the command and libtwofold.so in release mode
-	$(CARGO) build --release --quiet -p twofold -p twofold-preload -p hello -p private -p spp
+	$(CARGO) build --release --quiet -p twofold -p twofold-preload -p hello -p private -p spp -p tdx
 
 run: build ## run examples/hello on the software KVM and print a summary
 	@if [ -e /dev/kvm ]; then \

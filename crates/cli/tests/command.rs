@@ -248,6 +248,42 @@ fn the_hello_guest_runs_on_twofold() {
 }
 
 #[test]
+fn the_tdx_guest_is_what_its_vmm_measured_whether_the_module_is_busy_or_not() {
+    let profile: &[&str] = if cfg!(debug_assertions) {
+        &[]
+    } else {
+        &["--release"]
+    };
+    let built = Command::new(env!("CARGO"))
+        .args(["build", "--quiet", "-p", "twofold-preload", "-p", "tdx"])
+        .args(profile)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .unwrap();
+    assert!(built.status.success(), "{}", text(&built));
+    let tdx = Path::new(env!("CARGO_BIN_EXE_twofold")).with_file_name("tdx");
+    let tdx = tdx.to_str().unwrap();
+
+    for injection in ["", "busy=2", "busy=5,seed=1"] {
+        let output = Command::new(env!("CARGO_BIN_EXE_twofold"))
+            .args(["run", "--", tdx])
+            .env("TWOFOLD_TDX_INJECT", injection)
+            .output()
+            .unwrap();
+        assert_says(
+            &output,
+            0,
+            &[
+                "built and measured: ",
+                "registers cannot be read: Invalid argument",
+                "the guest reads the device",
+                "the guest is what was measured",
+            ],
+        );
+    }
+}
+
+#[test]
 fn the_private_guest_keeps_its_secrets_from_the_program_that_runs_it() {
     let profile: &[&str] = if cfg!(debug_assertions) {
         &[]

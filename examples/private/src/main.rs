@@ -11,22 +11,19 @@
 //!         1 GiB + 2 MiB  a page without a private half
 //! ```
 
-mod file;
 mod guest;
 
 use std::os::fd::RawFd;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
-use example_parts::{Memory, enter_long_mode};
+use example_parts::{Memory, cannot_map, enter_long_mode, punch_hole};
 use kvm_bindings::{
     KVM_CAP_EXIT_HYPERCALL, KVM_CAP_VM_TYPES, KVM_MAX_CPUID_ENTRIES, KVM_MEMORY_ATTRIBUTE_PRIVATE,
     KVM_MEMORY_EXIT_FLAG_PRIVATE, KVM_X86_SW_PROTECTED_VM, kvm_create_guest_memfd, kvm_enable_cap,
     kvm_memory_attributes,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
-
-use crate::file::{cannot_map, punch_hole};
 
 const LOW_MEMORY_SIZE: usize = 2 << 20;
 const PAGE: u64 = 4096;

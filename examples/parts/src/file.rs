@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 ///
 /// # Errors
 /// The file is none that can have holes.
-pub(crate) fn punch_hole(file: RawFd, offset: u64, length: u64) -> Result<()> {
+pub fn punch_hole(file: RawFd, offset: u64, length: u64) -> Result<()> {
     let mode = libc::FALLOC_FL_KEEP_SIZE | libc::FALLOC_FL_PUNCH_HOLE;
     // SAFETY: takes no pointer.
     if unsafe { libc::fallocate(file, mode, offset as i64, length as i64) } != 0 {
@@ -24,7 +24,7 @@ pub(crate) fn punch_hole(file: RawFd, offset: u64, length: u64) -> Result<()> {
 
 /// Tries to map a guest memory file, as someone would who wants to look into it, and says why that
 /// does not work. `None`: it does.
-pub(crate) fn cannot_map(file: RawFd) -> Option<io::Error> {
+pub fn cannot_map(file: RawFd) -> Option<io::Error> {
     // SAFETY: a new mapping at an address of the kernel's choice replaces nothing.
     let mapping = unsafe {
         libc::mmap(
