@@ -201,7 +201,8 @@ const fn low_mask(bits: u32) -> u64 {
 /// Decodes one entry of a table at `level`.
 ///
 /// The order of the misconfiguration reasons is this crate's; the processor reports no reason.
-#[inline]
+// Where the level is known, most of this goes away.
+#[inline(always)]
 pub const fn decode(entry: u64, level: Level, caps: EptCaps) -> EptEntry {
     let flags = EptFlags::from_bits_truncate(entry);
     let execute = if caps.mode_based_execute {

@@ -99,6 +99,30 @@ struct TablePage {
     writable: bool,
 }
 
+impl TablePage {
+    /// The entry at `gpa`, which is in this page.
+    ///
+    /// # Errors
+    /// There is no memory at this address of the process.
+    #[inline(always)]
+    fn read(&self, gpa: u64, bytes: u64) -> Result<u64, usize> {
+        let place = self.host + (gpa & !PAGE_MASK) as usize;
+        let pointer = std::ptr::with_exposed_provenance::<u8>(place);
+        #[expect(unsafe_code)]
+        // UNSAFETY: the guest's tables are guest memory.
+        // SAFETY: the second stage translated the page since the last flush, and the vCPU is in
+        // guest mode.
+        let value = unsafe {
+            if bytes == 4 {
+                u32::load(pointer).map(u64::from)
+            } else {
+                u64::load(pointer)
+            }
+        };
+        value.map_err(|Vanished| place)
+    }
+}
+
 /// Pages that hold the guest's tables: the walk meets the same ones again and again.
 struct TablePages(Box<[TablePage; Self::COUNT]>);
 
@@ -123,6 +147,16 @@ impl TablePages {
 }
 
 impl Memory {
+    /// What the upper levels of the guest's tables were found to say about `linear`.
+    #[inline(always)]
+    fn known_upper(&self, linear: u64) -> Option<Upper> {
+        let region = linear >> DIRECTORY_SHIFT;
+        match self.directories[region as usize & (DIRECTORIES - 1)] {
+            Some((cached, upper)) if cached == region => Some(upper),
+            _ => None,
+        }
+    }
+
     pub(crate) fn new(machine: &Machine) -> Self {
         Self {
             tlb: Tlb::new(),
@@ -379,6 +413,9 @@ impl Core {
 
     /// Walks the guest's tables.
     fn first_stage(&mut self, linear: u64, access: LinearAccess) -> Result<Mapping, Trap> {
+        if let Some(mapping) = self.known_mapping(linear, access) {
+            return Ok(mapping);
+        }
         let paging = self.mem.paging;
         if !paging.is_canonical(linear) {
             return Err(self.not_canonical(linear));
@@ -393,6 +430,21 @@ impl Core {
             Err(Failure::PageFault(error_code)) => Err(self.page_fault(linear, error_code)),
             Err(Failure::Tables(trap)) => Err(trap),
         }
+    }
+
+    /// What the walk finds if it remembers everything above the last table, and nothing has to be
+    /// set: most of the time.
+    #[inline(always)]
+    fn known_mapping(&self, linear: u64, access: LinearAccess) -> Option<Mapping> {
+        let upper = self.mem.known_upper(linear)?;
+        let paging = &self.mem.paging;
+        let (gpa, bytes) = paging.last_entry(&upper, linear);
+        let page = &self.mem.table_pages.0[TablePages::slot(gpa)];
+        if page.gpa != gpa & PAGE_MASK {
+            return None;
+        }
+        let entry = page.read(gpa, bytes).ok()?;
+        paging.last_mapping(upper, entry, linear, access)
     }
 
     /// Walks the second stage for the final address of a translation. `None`: the page is emulated
@@ -557,11 +609,7 @@ impl GuestTables for NestedTables<'_> {
 
     #[inline(always)]
     fn recall(&self, linear: u64) -> Option<Upper> {
-        let region = linear >> DIRECTORY_SHIFT;
-        match self.core.mem.directories[region as usize & (DIRECTORIES - 1)] {
-            Some((cached, upper)) if cached == region => Some(upper),
-            _ => None,
-        }
+        self.core.mem.known_upper(linear)
     }
 
     fn remember(&mut self, linear: u64, upper: Upper) {
@@ -573,22 +621,9 @@ impl GuestTables for NestedTables<'_> {
         let Some(page) = self.page(gpa, false)? else {
             return Ok(None);
         };
-        let place = page.host + (gpa & !PAGE_MASK) as usize;
-        let pointer = std::ptr::with_exposed_provenance::<u8>(place);
-        #[expect(unsafe_code)]
-        // UNSAFETY: the guest's tables are guest memory.
-        // SAFETY: the second stage translated the page since the last flush, and the vCPU is in
-        // guest mode.
-        let value = unsafe {
-            if bytes == 4 {
-                u32::load(pointer).map(u64::from)
-            } else {
-                u64::load(pointer)
-            }
-        };
-        value
+        page.read(gpa, bytes)
             .map(Some)
-            .map_err(|Vanished| self.core.vanished(place))
+            .map_err(|place| self.core.vanished(place))
     }
 
     fn set_flags(&mut self, gpa: u64, bytes: u64, old: u64, flags: u64) -> Result<bool, Trap> {

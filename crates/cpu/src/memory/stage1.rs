@@ -100,6 +100,8 @@ pub(crate) struct Paging {
     smep: bool,
     smap: bool,
     maxphyaddr: u8,
+    /// What must be zero in an entry that maps a page of the smallest size.
+    last_reserved: u64,
     /// PKRU, if protection keys are in force.
     keys: Option<u32>,
 }
@@ -214,7 +216,7 @@ impl Paging {
             Kind::Pae => cr3 & 0xffff_ffe0,
             _ => cr3 & ADDRESS,
         };
-        Self {
+        let mut paging = Self {
             kind,
             root,
             write_protect: cr0 & cr0::WP != 0,
@@ -223,8 +225,11 @@ impl Paging {
             smep: cr4 & cr4::SMEP != 0,
             smap: cr4 & cr4::SMAP != 0,
             maxphyaddr,
+            last_reserved: 0,
             keys: None,
-        }
+        };
+        paging.last_reserved = paging.reserved(1, true);
+        paging
     }
 
     /// With the rights that PKRU gives to protection keys, if CR4 and the kind of paging put them in
@@ -328,6 +333,82 @@ impl Paging {
         !access.write || mapping.writable || (!access.user && !self.write_protect)
     }
 
+    /// Where the entry of the last table for a linear address is, and its bytes.
+    #[inline(always)]
+    pub(crate) fn last_entry(&self, upper: &Upper, linear: u64) -> (u64, u64) {
+        let shape = self.kind.shape();
+        let index = linear >> 12 & low_bits(shape.index_bits);
+        (upper.table + index * shape.entry_bytes, shape.entry_bytes)
+    }
+
+    /// What an entry of the last table says if it allows the access and no flag has to be set in
+    /// it. `None` decides nothing: that is left to [`walk`](Self::walk).
+    #[inline(always)]
+    pub(crate) fn last_mapping(
+        &self,
+        upper: Upper,
+        entry: u64,
+        linear: u64,
+        access: LinearAccess,
+    ) -> Option<Mapping> {
+        let flags = PRESENT | Self::flags_of(access);
+        if entry & (flags | self.last_reserved) != flags {
+            return None;
+        }
+        let mapping = self.leaf(self.narrow(upper, entry), entry, 12, linear, access);
+        self.permits(&mapping, access).then_some(mapping)
+    }
+
+    /// The flags that an access sets in the entry that maps the page.
+    #[inline(always)]
+    const fn flags_of(access: LinearAccess) -> u64 {
+        if access.write {
+            ACCESSED | DIRTY
+        } else {
+            ACCESSED
+        }
+    }
+
+    /// What is left of the rights that the entries above give.
+    #[inline(always)]
+    fn narrow(&self, upper: Upper, entry: u64) -> Upper {
+        Upper {
+            table: upper.table,
+            writable: upper.writable & (entry & WRITABLE != 0),
+            user: upper.user & (entry & USER != 0),
+            no_execute: upper.no_execute | (self.no_execute && entry & NO_EXECUTE != 0),
+        }
+    }
+
+    /// Where an entry leads that maps a page of `1 << shift` bytes.
+    #[inline(always)]
+    fn leaf(
+        &self,
+        rights: Upper,
+        entry: u64,
+        shift: u32,
+        linear: u64,
+        access: LinearAccess,
+    ) -> Mapping {
+        let size = 1u64 << shift;
+        let mut base = entry & ADDRESS & !(size - 1);
+        if self.kind == Kind::Legacy {
+            base &= 0xffff_ffff;
+            if shift > 12 {
+                base |= (entry >> 13 & 0xff) << 32;
+            }
+        }
+        Mapping {
+            gpa: base | linear & (size - 1),
+            size,
+            user: rights.user,
+            writable: rights.writable,
+            no_execute: rights.no_execute,
+            key: (entry >> 59 & 15) as u8,
+            dirty: access.write || entry & DIRTY != 0,
+        }
+    }
+
     /// Translates a canonical linear address.
     ///
     /// Accessed and dirty flags are set after the access was found to be allowed, from the root
@@ -368,15 +449,17 @@ impl Paging {
     ) -> Result<Mapping, Failure<T::Error>> {
         let shape = self.kind.shape();
         'again: loop {
-            let (mut table, mut level, mut writable, mut user, mut no_execute) = match start {
-                Some(upper) => (upper.table, 1, upper.writable, upper.user, upper.no_execute),
-                None => (self.root, shape.levels, true, true, false),
-            };
-            let mut upper = Upper {
-                table,
-                user,
-                writable,
-                no_execute,
+            let (mut upper, mut level) = match start {
+                Some(upper) => (upper, 1),
+                None => {
+                    let all = Upper {
+                        table: self.root,
+                        user: true,
+                        writable: true,
+                        no_execute: false,
+                    };
+                    (all, shape.levels)
+                }
             };
             // Entries of this walk that lack an accessed flag.
             let mut stale = [(0u64, 0u64); 5];
@@ -389,7 +472,7 @@ impl Paging {
                     shape.index_bits
                 };
                 let index = linear >> shift & low_bits(index_bits);
-                let place = table + index * shape.entry_bytes;
+                let place = upper.table + index * shape.entry_bytes;
                 let entry = match tables.read(place, shape.entry_bytes)? {
                     Some(entry) if entry & PRESENT != 0 => entry,
                     _ => return Err(Failure::PageFault(self.access_code(access))),
@@ -401,43 +484,24 @@ impl Paging {
                 }
                 // The topmost entries of PAE paging have no rights and no accessed flag.
                 let bare = self.kind == Kind::Pae && level == 3;
-                if !bare {
-                    writable &= entry & WRITABLE != 0;
-                    user &= entry & USER != 0;
-                    no_execute |= self.no_execute && entry & NO_EXECUTE != 0;
-                }
+                let rights = if bare {
+                    upper
+                } else {
+                    self.narrow(upper, entry)
+                };
                 if !leaf {
                     if !bare && entry & ACCESSED == 0 {
                         stale[stale_count] = (place, entry);
                         stale_count += 1;
                     }
-                    table = entry & ADDRESS;
-                    level -= 1;
                     upper = Upper {
-                        table,
-                        user,
-                        writable,
-                        no_execute,
+                        table: entry & ADDRESS,
+                        ..rights
                     };
+                    level -= 1;
                     continue;
                 }
-                let size = 1u64 << shift;
-                let mut base = entry & ADDRESS & !(size - 1);
-                if self.kind == Kind::Legacy {
-                    base &= 0xffff_ffff;
-                    if level == 2 {
-                        base |= (entry >> 13 & 0xff) << 32;
-                    }
-                }
-                let mapping = Mapping {
-                    gpa: base | linear & (size - 1),
-                    size,
-                    user,
-                    writable,
-                    no_execute,
-                    key: (entry >> 59 & 15) as u8,
-                    dirty: access.write || entry & DIRTY != 0,
-                };
+                let mapping = self.leaf(rights, entry, shift, linear, access);
                 if !self.permits(&mapping, access) {
                     let mut error = self.access_code(access) | code::PRESENT;
                     if self.key_forbids(&mapping, access) {
@@ -450,11 +514,7 @@ impl Paging {
                         continue 'again;
                     }
                 }
-                let flags = if access.write {
-                    ACCESSED | DIRTY
-                } else {
-                    ACCESSED
-                };
+                let flags = Self::flags_of(access);
                 if entry & flags != flags
                     && !tables.set_flags(place, shape.entry_bytes, entry, flags)?
                 {

@@ -58,6 +58,25 @@ pub(crate) enum Operation {
     Fetch,
 }
 
+impl Operation {
+    /// The right that it needs.
+    const fn right(self) -> Rights {
+        match self {
+            Self::Read => Rights::READ,
+            Self::Write => Rights::WRITE,
+            Self::Fetch => Rights::EXECUTE,
+        }
+    }
+
+    /// The flags that it sets in a leaf, where there are flags.
+    const fn flags<F: Format>(self) -> u64 {
+        match self {
+            Self::Write => F::ACCESSED | F::DIRTY,
+            Self::Read | Self::Fetch => F::ACCESSED,
+        }
+    }
+}
+
 /// On whose behalf a guest-physical address is accessed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Purpose {
@@ -525,10 +544,13 @@ fn walk<F: Format>(
     log: &mut Option<Pml>,
     access: &GuestAccess,
 ) -> Result<HostPage, Refusal> {
-    if let Some(start) = cache.get(access.gpa)
-        && let Ok((page, _)) = descend(machine, format, log, access, start)
-    {
-        return Ok(page);
+    if let Some(start) = cache.get(access.gpa) {
+        if let Some(page) = known_page(machine, format, access, start) {
+            return Ok(page);
+        }
+        if let Ok((page, _)) = descend(machine, format, log, access, start) {
+            return Ok(page);
+        }
     }
     // What is cached never decides that an access fails.
     let stop = match walk_from_root(machine, format, log, access) {
@@ -565,6 +587,43 @@ fn walk<F: Format>(
         Stop::Vanished(place) => Exit::HostFault { hva: place as u64 },
     };
     Err(Refusal { exit, convertible })
+}
+
+/// What the last table says if it allows the access by itself and no flag has to be set: most of the
+/// time. `None` decides nothing.
+#[inline(always)]
+fn known_page<F: Format>(
+    machine: &Machine,
+    format: F,
+    access: &GuestAccess,
+    start: Start,
+) -> Option<HostPage> {
+    let gfn = Gpa::new(access.gpa).frame();
+    let place = machine.host(start.table) + start.level.index(gfn) * size_of::<u64>();
+    let entry = read_entry(place).ok()?;
+    let decoded = match start.level {
+        // Nearly always, and simpler to decode.
+        Level::L4K => format.decode(entry, Level::L4K),
+        level => format.decode(entry, level),
+    };
+    let Decoded::Leaf { hpa, rights } = decoded else {
+        return None;
+    };
+    let rights = rights & start.rights;
+    let flags = access.operation.flags::<F>();
+    let settled = !format.flags_managed() || entry & flags == flags;
+    (settled && rights.contains(access.operation.right())).then(|| HostPage {
+        hpa: inside_page(hpa, start.level, access.gpa),
+        rights,
+        dirty: !format.flags_managed() || entry & F::DIRTY != 0,
+        vector: None,
+    })
+}
+
+/// The 4 KiB page with this address inside a page of `level`.
+#[inline(always)]
+fn inside_page(hpa: Hpa, level: Level, gpa: u64) -> Hpa {
+    Hpa::new(hpa.get() | gpa & (level.bytes() - 1) & PAGE_MASK)
 }
 
 /// Walks without an access, to show what there is.
@@ -657,11 +716,7 @@ fn descend<F: Format>(
     access: &GuestAccess,
     start: Start,
 ) -> Result<(HostPage, Start), Stop> {
-    let wanted = match access.operation {
-        Operation::Read => Rights::READ,
-        Operation::Write => Rights::WRITE,
-        Operation::Fetch => Rights::EXECUTE,
-    };
+    let wanted = access.operation.right();
     let refuse = |failure| Err(Stop::Refused(failure));
     let gfn = Gpa::new(access.gpa).frame();
     'again: loop {
@@ -732,12 +787,8 @@ fn descend<F: Format>(
             }
             let mut dirty = true;
             if format.flags_managed() {
-                let mut flags = F::ACCESSED;
-                if access.operation == Operation::Write {
-                    flags |= F::DIRTY;
-                } else {
-                    dirty = entry & F::DIRTY != 0;
-                }
+                let flags = access.operation.flags::<F>();
+                dirty = (entry | flags) & F::DIRTY != 0;
                 let log = log
                     .as_mut()
                     .filter(|_| format.logs() && !entry & flags & F::DIRTY != 0);
@@ -757,9 +808,8 @@ fn descend<F: Format>(
                     log.log(machine, access.gpa).map_err(Stop::Vanished)?;
                 }
             }
-            let inside = access.gpa & (level.bytes() - 1) & PAGE_MASK;
             let page = HostPage {
-                hpa: Hpa::new(hpa.get() | inside),
+                hpa: inside_page(hpa, level, access.gpa),
                 rights,
                 dirty,
                 vector,
