@@ -19,6 +19,10 @@ pub(crate) enum Known {
     BitEight,
     /// Bochs does not know that bit 12 of a large EPT page is reserved.
     BitTwelve,
+    /// Bochs asks the sub-page permission table about pages that may not be read.
+    UnreadableSubPages,
+    /// Bochs does not know that every second bit of a vector of permissions is reserved.
+    OddBits,
     /// QEMU reports a reserved bit as if the entry were not present.
     ReservedNotPresent,
     /// QEMU marks entries as accessed while it walks.
@@ -40,6 +44,17 @@ impl fmt::Display for Known {
                 "the simulator ignores bit 12 of an EPT entry that maps a 2M or 1G page; bits 20:12 \
                  and 29:12 are reserved (SDM volume 3C, the formats of EPT PDE and PDPTE). \
                  twofold-cpu is right"
+            }
+            Self::UnreadableSubPages => {
+                "the simulator asks the sub-page permission table about a write to a page that may \
+                 be executed but not read; such a write is not eligible (SDM volume 3C, \
+                 \"Sub-Page Write Permissions\"; later versions of Bochs know it). twofold-cpu is \
+                 right"
+            }
+            Self::OddBits => {
+                "the simulator ignores the odd bits of the permissions of a page's sub-pages; they \
+                 are reserved, and one that is set is a misconfiguration (SDM volume 3C, \"Sub-Page \
+                 Write Permissions\"). twofold-cpu is right"
             }
             Self::ReservedNotPresent => {
                 "the simulator leaves P clear in the error code of a reserved bit, which only a \
@@ -76,6 +91,9 @@ pub(crate) fn explain(processor: &mut Processor, theirs: &Walked) -> Option<Vec<
             }
             reasons.push(reason);
         }
+    }
+    if theirs.kind == Kind::EptWithSubPages && ours.end != theirs.end {
+        explain_sub_pages(processor, &case, theirs, &mut ours, &mut reasons);
     }
     match (&mut ours.end, theirs.end) {
         (End::Violation(ours), End::Violation(theirs))
@@ -116,6 +134,47 @@ fn bits_eight(case: &Case) -> [u64; 4] {
         }
     }
     bits
+}
+
+/// What Bochs does otherwise where a page asks the sub-page permission table.
+fn explain_sub_pages(
+    processor: &mut Processor,
+    case: &Case,
+    theirs: &Walked,
+    ours: &mut Walked,
+    reasons: &mut Vec<Known>,
+) {
+    let mut without = *case;
+    let mut readable = [0; 4];
+    if let (End::Violation(_), End::Done(_) | End::SubPages(_)) = (ours.end, theirs.end) {
+        readable = bits_read(case);
+        for (entry, bit) in without.entries.iter_mut().zip(readable) {
+            *entry |= bit;
+        }
+        *ours = processor.walk(theirs.number, without);
+        reasons.push(Known::UnreadableSubPages);
+    }
+    if ours.end == End::SubPages(0) && ours.end != theirs.end {
+        const ODD: u64 = 0xaaaa_aaaa_aaaa_aaaa;
+        without.sub_pages[3] &= !ODD;
+        *ours = processor.walk(theirs.number, without);
+        reasons.push(Known::OddBits);
+    }
+    for (entry, bit) in ours.entries.iter_mut().zip(readable) {
+        *entry &= !bit;
+    }
+}
+
+/// R where it is clear in an entry that is present.
+fn bits_read(case: &Case) -> [u64; 4] {
+    case.entries.map(|entry| {
+        let present = entry & EptFlags::RWX.bits() != 0;
+        if present {
+            EptFlags::READ.bits() & !entry
+        } else {
+            0
+        }
+    })
 }
 
 /// Bit 12 where it is set and must not be: in entries that map large pages.

@@ -38,6 +38,9 @@ pub const OWN_TABLES: Hpa = Hpa::new(0x0310_4000);
 /// Pages of the guest's own memory, from guest-physical address 0 on.
 pub const OWN_PAGES: u64 = 16;
 
+/// The sub-page permission tables, a page each from the root at level 4 down to the vectors.
+pub const SUB_PAGE_TABLES: Hpa = Hpa::new(0x0310_8000);
+
 /// Which tables are walked.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Kind {
@@ -48,6 +51,8 @@ pub enum Kind {
     /// EPT with accessed and dirty flags, and with violations that become exceptions of the guest
     /// where an entry does not suppress that.
     EptWithExceptions,
+    /// EPT with accessed and dirty flags, and with sub-page permissions.
+    EptWithSubPages,
     /// Nested paging.
     Npt,
 }
@@ -59,6 +64,7 @@ impl Kind {
             Self::Ept => "ept",
             Self::EptWithoutFlags => "ept-noad",
             Self::EptWithExceptions => "ept-ve",
+            Self::EptWithSubPages => "ept-spp",
             Self::Npt => "npt",
         }
     }
@@ -69,6 +75,7 @@ impl Kind {
             Self::Ept,
             Self::EptWithoutFlags,
             Self::EptWithExceptions,
+            Self::EptWithSubPages,
             Self::Npt,
         ]
         .into_iter()
@@ -78,7 +85,9 @@ impl Kind {
     /// An entry that allows everything, without its address and without what only leaves have.
     const fn everything(self) -> u64 {
         match self {
-            Self::Ept | Self::EptWithoutFlags | Self::EptWithExceptions => EptFlags::RWX.bits(),
+            Self::Ept | Self::EptWithoutFlags | Self::EptWithExceptions | Self::EptWithSubPages => {
+                EptFlags::RWX.bits()
+            }
             Self::Npt => NptFlags::PRESENT.bits() | NptFlags::WRITE.bits() | NptFlags::USER.bits(),
         }
     }
@@ -86,7 +95,9 @@ impl Kind {
     /// What a leaf has beside its permissions: a memory type.
     const fn leaf(self) -> u64 {
         match self {
-            Self::Ept | Self::EptWithoutFlags | Self::EptWithExceptions => 6 << 3,
+            Self::Ept | Self::EptWithoutFlags | Self::EptWithExceptions | Self::EptWithSubPages => {
+                6 << 3
+            }
             Self::Npt => 0,
         }
     }
@@ -128,6 +139,8 @@ pub enum Operation {
 pub struct Case {
     /// The entries of levels 4, 3, 2 and 1.
     pub entries: [u64; 4],
+    /// Those of the sub-page permission tables; nothing looks at them in other kinds.
+    pub sub_pages: [u64; 4],
     /// The access.
     pub operation: Operation,
 }
@@ -137,9 +150,14 @@ pub const LEVELS: [Level; 4] = [Level::L512G, Level::L1G, Level::L2M, Level::L4K
 
 /// Where the four entries of a case are.
 pub fn places() -> [Hpa; 4] {
+    places_in(TABLES)
+}
+
+/// The entries for [`GPA`] in four tables, a page each.
+fn places_in(tables: Hpa) -> [Hpa; 4] {
     core::array::from_fn(|step| {
         let index = LEVELS[step].index(GPA.frame()) as u64;
-        Hpa::new(TABLES.get() + step as u64 * 0x1000 + 8 * index)
+        Hpa::new(tables.get() + step as u64 * 0x1000 + 8 * index)
     })
 }
 
@@ -171,9 +189,61 @@ impl Case {
             1 => Operation::Write,
             _ => Operation::Fetch,
         };
-        let entries = core::array::from_fn(|step| entry(kind, LEVELS[step], step, &mut bits));
-        Self { entries, operation }
+        let mut case = Self {
+            entries: core::array::from_fn(|step| entry(kind, LEVELS[step], step, &mut bits)),
+            sub_pages: [0; 4],
+            operation,
+        };
+        if kind == Kind::EptWithSubPages {
+            case.protect_sub_pages(&mut bits);
+        }
+        case
     }
+
+    /// Mostly writes, to pages that forbid them and ask the table.
+    fn protect_sub_pages(&mut self, bits: &mut Bits) {
+        if !bits.once_in(4) {
+            self.operation = Operation::Write;
+        }
+        if !bits.once_in(4) {
+            self.entries[3] &= !EptFlags::WRITE.bits();
+        }
+        if !bits.once_in(8) {
+            self.entries[3] |= EptFlags::SUB_PAGE_WRITE.bits();
+        }
+        self.sub_pages = core::array::from_fn(|step| sub_page_entry(step, bits));
+    }
+
+    /// The words of the tables that the case is about, and where they are.
+    pub fn words(&self) -> impl Iterator<Item = (Hpa, u64)> + use<> {
+        let entries = places().into_iter().zip(self.entries);
+        entries.chain(places_in(SUB_PAGE_TABLES).into_iter().zip(self.sub_pages))
+    }
+}
+
+fn sub_page_entry(step: usize, bits: &mut Bits) -> u64 {
+    let strange = bits.once_in(8);
+    if step == 3 {
+        // The odd bits are reserved.
+        let permissions = bits.next() & 0x5555_5555_5555_5555;
+        let reserved = 2 << (2 * (bits.next() % 32));
+        return if strange {
+            permissions | reserved
+        } else {
+            permissions
+        };
+    }
+    let mut entry = (SUB_PAGE_TABLES.get() + (step as u64 + 1) * 0x1000) | 1;
+    if bits.once_in(8) {
+        entry &= !1;
+    }
+    if strange {
+        // Any bit but the valid one and those of the address.
+        let width = u64::from(PHYSICAL_ADDRESS_BITS);
+        let bit = bits.next() % (11 + 64 - width);
+        entry |= 1 << if bit < 11 { 1 + bit } else { width + bit - 11 };
+    }
+    entry
 }
 
 fn entry(kind: Kind, level: Level, step: usize, bits: &mut Bits) -> u64 {
@@ -232,6 +302,8 @@ pub enum End {
     Exception(u64),
     /// An EPT misconfiguration.
     Misconfiguration,
+    /// An SPP-related event with this qualification.
+    SubPages(u64),
     /// A nested page fault with this error code.
     NestedFault(u64),
     /// Something that is no answer to the case.
@@ -260,6 +332,7 @@ impl fmt::Display for Walked {
             End::Violation(qualification) => ("violation", qualification),
             End::Exception(qualification) => ("exception", qualification),
             End::Misconfiguration => ("misconfiguration", 0),
+            End::SubPages(qualification) => ("sub-pages", qualification),
             End::NestedFault(error) => ("nested-fault", error),
             End::Strange(number) => ("strange", number),
         };
@@ -298,6 +371,7 @@ impl FromStr for Walked {
             "violation" => End::Violation(detail),
             "exception" => End::Exception(detail),
             "misconfiguration" => End::Misconfiguration,
+            "sub-pages" => End::SubPages(detail),
             "nested-fault" => End::NestedFault(detail),
             "strange" => End::Strange(detail),
             _ => return Err(NotWalked),
@@ -330,6 +404,7 @@ mod tests {
             End::Violation(0x181),
             End::Exception(0x182),
             End::Misconfiguration,
+            End::SubPages(0x800),
             End::NestedFault(0x1_0000_0006),
             End::Strange(7),
         ] {

@@ -7,6 +7,7 @@ use std::io;
 use std::ptr;
 use std::sync::Arc;
 use twofold_arch::ept::{self, EptCaps, EptEntry, EptFlags, Eptp};
+use twofold_arch::sppt::SppQualification;
 use twofold_arch::{Hpa, Level};
 use twofold_cpu::state::gpr;
 use twofold_cpu::{
@@ -14,8 +15,8 @@ use twofold_cpu::{
     Segment, SystemRegisters,
 };
 use twofold_walks::{
-    Case, End, GPA, Kind, LEVELS, Operation, PHYSICAL_ADDRESS_BITS, TABLES, TARGET, TARGET_VALUE,
-    WRITTEN_VALUE, Walked,
+    Case, End, GPA, Kind, LEVELS, Operation, PHYSICAL_ADDRESS_BITS, SUB_PAGE_TABLES, TABLES,
+    TARGET, TARGET_VALUE, WRITTEN_VALUE, Walked,
 };
 
 /// Physical memory: as much as the tables and the guest need.
@@ -82,6 +83,10 @@ impl Processor {
             )),
         };
         cpu.set_second_stage(second_stage);
+        if kind == Kind::EptWithSubPages {
+            cpu.set_sppt(Some(SUB_PAGE_TABLES))
+                .map_err(io::Error::other)?;
+        }
         let mut new = Self {
             kind,
             cpu,
@@ -162,7 +167,7 @@ impl Processor {
 
     /// Walks.
     pub(crate) fn walk(&mut self, number: u64, case: Case) -> Walked {
-        for (place, entry) in twofold_walks::places().into_iter().zip(case.entries) {
+        for (place, entry) in case.words() {
             self.store(place, entry);
         }
         self.store(TARGET, TARGET_VALUE);
@@ -197,6 +202,12 @@ impl Processor {
             }) => (End::Violation(qualification), gpa.get()),
             Exit::SecondStage(SecondStageFault::EptMisconfiguration { gpa }) => {
                 (End::Misconfiguration, gpa.get())
+            }
+            Exit::SecondStage(SecondStageFault::SpptMiss { gpa, .. }) => {
+                (End::SubPages(SppQualification::MISS.bits()), gpa.get())
+            }
+            Exit::SecondStage(SecondStageFault::SpptMisconfiguration { gpa, .. }) => {
+                (End::SubPages(0), gpa.get())
             }
             Exit::SecondStage(SecondStageFault::NestedPageFault { gpa, error }) => {
                 (End::NestedFault(error), gpa.get())

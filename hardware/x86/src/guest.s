@@ -6,6 +6,9 @@
 #   rax  in: which operation        out: 0 asks for one, 0x7e reports a #VE
 #   rdi  an address                 rsi  a value, or the address of a report page
 #   rcx  a count                    rbx  the result
+#
+# The answer to a #VE: rax is how many bytes of the instruction to go over, 0 to try it again, and rbx
+# what it has read.
 
 .section .rodata
 .balign 4096
@@ -78,7 +81,7 @@ write_forever:
   je write_forever
   jmp next
 
-# A virtualization exception: tell the hypervisor, then try again.
+# A virtualization exception: ask the hypervisor, as the guest of a trust domain does.
 guest_code_ve:
   push rax
   push rbx
@@ -86,6 +89,8 @@ guest_code_ve:
   push rdx
   mov eax, 0x7e
   cpuid
+  mov [rsp + 16], rbx
+  add [rsp + 32], rax
   pop rdx
   pop rcx
   pop rbx

@@ -5,6 +5,7 @@
 
 use bitflags::bitflags;
 use core::arch::global_asm;
+use twofold_arch::sppt::SppQualification;
 use twofold_arch::{Gpa, Hpa};
 use twofold_mmu::{Fault, MmuFormat};
 use twofold_walks::Kind;
@@ -33,6 +34,9 @@ pub enum Exit {
     Request,
     /// A second-stage fault.
     Fault(SecondStageFault),
+    /// The processor asked the sub-page permission table about a write and found none, or one that
+    /// it refuses.
+    SubPages(SubPageEvent),
     /// The log of written frames is full; nothing was written for lack of a place in it.
     LogFull,
     /// Anything else, with the number of the exit and its qualification or information.
@@ -48,6 +52,15 @@ pub struct SecondStageFault {
     pub misconfigured: bool,
     /// The exit qualification or `EXITINFO1`.
     pub raw: u64,
+}
+
+/// Why the sub-page permission table gave no answer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SubPageEvent {
+    /// The guest-physical address of the write.
+    pub gpa: Gpa,
+    /// The exit qualification.
+    pub qualification: SppQualification,
 }
 
 /// What a processor reports about an EPT violation that it gives to the guest: the information page
@@ -75,6 +88,8 @@ bitflags! {
         const WRITE_LOG = 1 << 1;
         /// EPT violations may become exceptions of the guest, #VE.
         const EXCEPTIONS = 1 << 2;
+        /// Writes to pieces of 128 bytes may be permitted where a page forbids them.
+        const SUB_PAGES = 1 << 3;
     }
 }
 
@@ -100,6 +115,10 @@ pub trait Virtualization: Sized + 'static {
 
     /// The second-stage tables to use from the next entry on.
     fn set_root(&mut self, root: Hpa);
+
+    /// The sub-page permission table to use from the next entry on; with [`Features::SUB_PAGES`]
+    /// only.
+    fn set_sub_pages(&mut self, table: Hpa);
 
     /// The general registers.
     fn registers(&mut self) -> &mut Registers;

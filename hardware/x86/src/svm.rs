@@ -161,6 +161,10 @@ impl Virtualization for Svm {
         self.set(field::NESTED_CR3, root.get().to_le_bytes());
     }
 
+    fn set_sub_pages(&mut self, _table: Hpa) {
+        // Never available.
+    }
+
     fn registers(&mut self) -> &mut Registers {
         &mut self.registers
     }

@@ -3,16 +3,22 @@
 use crate::guest;
 use crate::host::{HostRange, Hypervisor, Writes};
 use crate::instructions::{interrupts, physical_address_bits};
-use crate::processor::{Exit, Features, Registers, SecondStageFault, Virtualization};
-use crate::smp;
+use crate::processor::{
+    Exit, Features, Registers, SecondStageFault, SubPageEvent, Virtualization,
+    VirtualizationException,
+};
+use crate::{ensure, smp};
 use alloc::format;
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::ops::Deref;
 use core::sync::atomic::{AtomicU64, Ordering};
+use twofold_arch::sppt::SppQualification;
 use twofold_arch::{Hpa, Level, PAGE_SIZE};
-use twofold_mmu::{Config, Mmu, Outcome, Reader, ReaderStats, Region, RegionFlags, Root, RootRole};
+use twofold_mmu::{
+    Config, MmioFault, Mmu, Outcome, Reader, ReaderStats, Region, RegionFlags, Root, RootRole,
+};
 
 /// Why a scenario fails.
 pub type Failure = String;
@@ -55,6 +61,13 @@ impl<V: Virtualization> Vm<V> {
         Ok(Arc::new(vm))
     }
 
+    /// The same with one more slot.
+    pub fn with_memory(config: Config, memory: Memory) -> Result<Arc<Self>, Failure> {
+        let vm = Self::new(config)?;
+        vm.add_memory(memory)?;
+        Ok(vm)
+    }
+
     /// Maps memory into the hypervisor's address space and makes a slot of it.
     pub fn add_memory(&self, memory: Memory) -> Result<(), Failure> {
         self.host().map(memory.host_range());
@@ -72,6 +85,8 @@ impl<V: Virtualization> Vm<V> {
         let mut wanted = Features::EXCEPTIONS;
         wanted.set(Features::ACCESSED_DIRTY, self.has_accessed_dirty());
         wanted.set(Features::WRITE_LOG, self.logs_by_pml());
+        let sub_pages = self.sppt_root(RootRole::NORMAL);
+        wanted.set(Features::SUB_PAGES, sub_pages.is_some());
         wanted & V::available()
     }
 
@@ -210,6 +225,10 @@ pub struct Done {
     pub value: u64,
     /// The faults on the way, without those on the guest's own first slot.
     pub faults: Vec<Taken>,
+    /// How often the processor missed a part of the sub-page permission table.
+    pub sub_page_misses: u32,
+    /// What the guest was told by the processor and asked the hypervisor about.
+    pub exceptions: Vec<VirtualizationException>,
 }
 
 /// What a device answers to every read.
@@ -237,6 +256,9 @@ impl<V: Virtualization> GuestCpu<V> {
         let root = Self::load_root(vm)?;
         let mut processor = V::new(vm.features());
         processor.set_root(root.hpa());
+        if let Some(table) = vm.sppt_root(root.role()) {
+            processor.set_sub_pages(table);
+        }
         Ok(Self {
             vm: Arc::clone(vm),
             processor,
@@ -277,10 +299,11 @@ impl<V: Virtualization> GuestCpu<V> {
             match self.enter()? {
                 Exit::Interrupt | Exit::LogFull => {}
                 Exit::Request if self.processor.registers().rax == guest::REQUEST_VE => {
-                    return Err(format!("a #VE after {:x?}", done.faults.last()));
+                    self.answer_exception(done)?;
                 }
                 Exit::Request => return Ok(()),
                 Exit::Fault(fault) => self.resolve(fault, done)?,
+                Exit::SubPages(event) => self.fill_sub_pages(event, done)?,
                 Exit::Other(number, detail) => {
                     return Err(format!("unexpected exit {number:#x} ({detail:#x})"));
                 }
@@ -327,13 +350,49 @@ impl<V: Virtualization> GuestCpu<V> {
         if !own {
             done.faults.push(Taken { fault, outcome });
         }
-        if outcome == Outcome::Mmio {
-            if own {
+        match outcome {
+            Outcome::Mmio if own => {
                 return Err(format!("no memory below the guest: {fault:x?}"));
             }
-            self.processor.registers().rbx = DEVICE_VALUE;
-            self.processor.skip(ACCESS_LENGTH);
+            // The guest is told when it tries again, and asks.
+            Outcome::Mmio if self.vm.config().mmio == MmioFault::Violation => {}
+            Outcome::Mmio => {
+                self.processor.registers().rbx = DEVICE_VALUE;
+                self.processor.skip(ACCESS_LENGTH);
+            }
+            // The write is dropped.
+            Outcome::SubPageDenied => self.processor.skip(ACCESS_LENGTH),
+            _ => {}
         }
+        Ok(())
+    }
+
+    /// The guest has got a #VE and asks what the access does.
+    fn answer_exception(&mut self, done: &mut Done) -> Result<(), Failure> {
+        let exception = self.processor.take_exception();
+        let (Some(exception), MmioFault::Violation) = (exception, self.vm.config().mmio) else {
+            return Err(format!(
+                "a #VE ({exception:x?}) after {:x?}",
+                done.faults.last()
+            ));
+        };
+        done.exceptions.push(exception);
+        let registers = self.processor.registers();
+        registers.rax = ACCESS_LENGTH;
+        registers.rbx = DEVICE_VALUE;
+        Ok(())
+    }
+
+    /// The processor needs a part of the sub-page permission table that is not there.
+    fn fill_sub_pages(&mut self, event: SubPageEvent, done: &mut Done) -> Result<(), Failure> {
+        ensure!(
+            event.qualification.contains(SppQualification::MISS),
+            "the processor refuses the sub-page permission table: {event:x?}"
+        );
+        done.sub_page_misses += 1;
+        self.vm
+            .sppt_miss(&mut self.reader, &self.root, event.gpa)
+            .map_err(|error| format!("sub-pages at {}: {error}", event.gpa))?;
         Ok(())
     }
 }

@@ -6,13 +6,15 @@
 use crate::guest;
 use crate::instructions::{control_registers, descriptor_tables, rdmsr, wrmsr};
 use crate::processor::{
-    Exit, Features, Registers, SecondStageFault, Virtualization, VirtualizationException,
+    Exit, Features, Registers, SecondStageFault, SubPageEvent, Virtualization,
+    VirtualizationException,
 };
 use crate::smp;
 use alloc::boxed::Box;
 use core::arch::asm;
 use core::cell::UnsafeCell;
 use twofold_arch::ept::{EptVpidCap, Eptp, Qualification};
+use twofold_arch::sppt::SppQualification;
 use twofold_arch::{Gpa, Hpa, Level, Pferr};
 use twofold_mmu::{Ept, Fault};
 use twofold_walks::Kind;
@@ -42,6 +44,7 @@ mod field {
     pub const PML_ADDRESS: u64 = 0x200e;
     pub const EPT_POINTER: u64 = 0x201a;
     pub const EXCEPTION_INFORMATION: u64 = 0x202a;
+    pub const SUB_PAGE_TABLE: u64 = 0x2030;
     pub const GUEST_PHYSICAL_ADDRESS: u64 = 0x2400;
     pub const LINK_POINTER: u64 = 0x2800;
     pub const GUEST_EFER: u64 = 0x2806;
@@ -50,9 +53,13 @@ mod field {
     pub const EXCEPTION_BITMAP: u64 = 0x4004;
     pub const EXIT: u64 = 0x400c;
     pub const ENTRY: u64 = 0x4012;
+    pub const ENTRY_EVENT: u64 = 0x4016;
+    pub const ENTRY_ERROR_CODE: u64 = 0x4018;
     pub const SECONDARY: u64 = 0x401e;
     pub const INSTRUCTION_ERROR: u64 = 0x4400;
     pub const EXIT_REASON: u64 = 0x4402;
+    pub const INTERRUPTED_EVENT: u64 = 0x4408;
+    pub const INTERRUPTED_ERROR_CODE: u64 = 0x440a;
     pub const INSTRUCTION_LENGTH: u64 = 0x440c;
     pub const QUALIFICATION: u64 = 0x6400;
     pub const GUEST_CR0: u64 = 0x6800;
@@ -91,6 +98,7 @@ const PROCESSOR_SECONDARY: u32 = 1 << 31;
 const SECONDARY_EPT: u32 = 1 << 1;
 const SECONDARY_PML: u32 = 1 << 17;
 const SECONDARY_EXCEPTIONS: u32 = 1 << 18;
+const SECONDARY_SUB_PAGES: u32 = 1 << 23;
 /// Exit: the hypervisor is 64-bit code; EFER is loaded.
 const EXIT_CONTROLS: u32 = 1 << 9 | 1 << 21;
 /// Entry: the guest is 64-bit code; EFER is loaded.
@@ -100,8 +108,13 @@ const EXIT_INTERRUPT: u64 = 1;
 const EXIT_CPUID: u64 = 10;
 const EXIT_EPT_VIOLATION: u64 = 48;
 const EXIT_EPT_MISCONFIGURATION: u64 = 49;
-
 const EXIT_LOG_FULL: u64 = 62;
+const EXIT_SUB_PAGES: u64 = 66;
+
+/// What an interrupted event and one to be delivered have in common: vector, kind, whether there is an
+/// error code, whether there is anything.
+const EVENT_BITS: u64 = EVENT_VALID | 0xfff;
+const EVENT_VALID: u64 = 1 << 31;
 
 /// The log is written from its last entry to its first.
 const LOG_FIRST: u64 = 511;
@@ -287,7 +300,12 @@ impl Virtualization for Vmx {
     type Format = Ept;
     const NAME: &'static str = "Intel VMX, extended page tables";
     const MISCONFIGURES: bool = true;
-    const WALKS: &'static [Kind] = &[Kind::Ept, Kind::EptWithoutFlags, Kind::EptWithExceptions];
+    const WALKS: &'static [Kind] = &[
+        Kind::Ept,
+        Kind::EptWithoutFlags,
+        Kind::EptWithExceptions,
+        Kind::EptWithSubPages,
+    ];
 
     fn enable() {
         let [cr0, _, cr4] = control_registers();
@@ -320,6 +338,7 @@ impl Virtualization for Vmx {
         );
         features.set(Features::WRITE_LOG, has(SECONDARY_PML));
         features.set(Features::EXCEPTIONS, has(SECONDARY_EXCEPTIONS));
+        features.set(Features::SUB_PAGES, has(SECONDARY_SUB_PAGES));
         features
     }
 
@@ -350,6 +369,9 @@ impl Virtualization for Vmx {
             secondary |= SECONDARY_EXCEPTIONS;
             write(field::EXCEPTION_INFORMATION, new.information.address());
         }
+        if features.contains(Features::SUB_PAGES) {
+            secondary |= SECONDARY_SUB_PAGES;
+        }
         write(field::SECONDARY, controls(msr::SECONDARY, secondary));
         write(field::EXIT, controls(msr::EXIT, EXIT_CONTROLS));
         write(field::ENTRY, controls(msr::ENTRY, ENTRY_CONTROLS));
@@ -371,6 +393,11 @@ impl Virtualization for Vmx {
             self.features.contains(Features::ACCESSED_DIRTY),
         );
         write(field::EPT_POINTER, pointer.encode());
+    }
+
+    fn set_sub_pages(&mut self, table: Hpa) {
+        self.make_current();
+        write(field::SUB_PAGE_TABLE, table.get());
     }
 
     fn registers(&mut self) -> &mut Registers {
@@ -453,6 +480,13 @@ impl Virtualization for Vmx {
             read(field::INSTRUCTION_ERROR)
         );
         self.launched = true;
+        // An exception was being delivered and its frame or its gate could not be reached: it is
+        // delivered when that is put right.
+        let event = read(field::INTERRUPTED_EVENT);
+        if event & EVENT_VALID != 0 {
+            write(field::ENTRY_EVENT, event & EVENT_BITS);
+            write(field::ENTRY_ERROR_CODE, read(field::INTERRUPTED_ERROR_CODE));
+        }
         match read(field::EXIT_REASON) {
             EXIT_INTERRUPT => Exit::Interrupt,
             EXIT_CPUID => {
@@ -463,6 +497,10 @@ impl Virtualization for Vmx {
             EXIT_EPT_VIOLATION => Self::fault(false),
             EXIT_EPT_MISCONFIGURATION => Self::fault(true),
             EXIT_LOG_FULL => Exit::LogFull,
+            EXIT_SUB_PAGES => Exit::SubPages(SubPageEvent {
+                gpa: Gpa::new(read(field::GUEST_PHYSICAL_ADDRESS)),
+                qualification: SppQualification::from_bits_truncate(read(field::QUALIFICATION)),
+            }),
             reason => Exit::Other(reason, read(field::QUALIFICATION)),
         }
     }

@@ -10,7 +10,8 @@ use crate::processor::{Exit, Features, Virtualization};
 use crate::vm::Operation;
 use twofold_arch::Hpa;
 use twofold_walks::{
-    CASES, Case, End, GPA, Kind, TABLES, TARGET, TARGET_VALUE, WRITTEN_VALUE, Walked,
+    CASES, Case, End, GPA, Kind, SUB_PAGE_TABLES, TABLES, TARGET, TARGET_VALUE, WRITTEN_VALUE,
+    Walked,
 };
 
 /// The exit that a #VE stands for.
@@ -23,8 +24,10 @@ const EXITS: u32 = 100;
 pub fn run<V: Virtualization>() {
     for &kind in V::WALKS {
         guest::load_guest(Hpa::new(guest::MEMORY));
-        // Seven tables, and what entries with a wrong size bit take for one.
+        // Seven tables and four of sub-page permissions, and what entries with a wrong size bit take
+        // for one.
         guest::clear(TABLES, 0x7000);
+        guest::clear(SUB_PAGE_TABLES, 0x4000);
         guest::clear(Hpa::new(TARGET.get() & !0x1f_ffff), 0x10_0000);
         for (place, value) in kind.own_words(Hpa::new(guest::MEMORY)) {
             guest::store(place, value);
@@ -32,6 +35,7 @@ pub fn run<V: Virtualization>() {
         let features = match kind {
             Kind::EptWithoutFlags => Features::empty(),
             Kind::EptWithExceptions => Features::ACCESSED_DIRTY | Features::EXCEPTIONS,
+            Kind::EptWithSubPages => Features::ACCESSED_DIRTY | Features::SUB_PAGES,
             Kind::Ept | Kind::Npt => Features::ACCESSED_DIRTY,
         };
         if !V::available().contains(features) {
@@ -39,6 +43,9 @@ pub fn run<V: Virtualization>() {
         }
         let mut processor = V::new(features);
         processor.set_root(TABLES);
+        if features.contains(Features::SUB_PAGES) {
+            processor.set_sub_pages(SUB_PAGE_TABLES);
+        }
         for number in 0..CASES {
             println!("{}", walk(&mut processor, kind, number));
         }
@@ -47,7 +54,7 @@ pub fn run<V: Virtualization>() {
 
 fn walk<V: Virtualization>(processor: &mut V, kind: Kind, number: u64) -> Walked {
     let case = Case::new(kind, number);
-    for (place, entry) in twofold_walks::places().into_iter().zip(case.entries) {
+    for (place, entry) in case.words() {
         guest::store(place, entry);
     }
     guest::store(TARGET, TARGET_VALUE);
@@ -86,6 +93,10 @@ fn walk<V: Virtualization>(processor: &mut V, kind: Kind, number: u64) -> Walked
                 End::Violation(fault.raw)
             };
             (end, fault.fault.gpa.get())
+        }
+        Exit::SubPages(event) => {
+            let qualification = event.qualification.bits();
+            (End::SubPages(qualification), event.gpa.get())
         }
         Exit::Other(number, _) => (End::Strange(number), 0),
         Exit::Interrupt | Exit::LogFull => (End::Strange(0), 0),

@@ -1,10 +1,10 @@
 //! Ageing: which pages were used, against what the guest used.
 
-use super::{Verdict, check};
+use super::{Verdict, check, machine};
 use crate::ensure;
 use crate::processor::Virtualization;
 use crate::smp;
-use crate::vm::{Failure, GuestCpu, Memory, Operation, Vm};
+use crate::vm::{Failure, Memory, Operation, Vm};
 use twofold_arch::PAGE_SIZE;
 use twofold_mmu::Config;
 
@@ -12,13 +12,11 @@ const PAGES: u64 = 64;
 const ROUNDS: u64 = 10;
 
 fn agrees<V: Virtualization>(config: Config) -> Result<(), Failure> {
-    let vm = Vm::<V>::new(config)?;
     let memory = Memory {
         size: PAGES * PAGE_SIZE,
         ..Memory::default()
     };
-    vm.add_memory(memory)?;
-    let mut cpu = GuestCpu::new(&vm)?;
+    let (vm, mut cpu) = machine::<V>(config, memory)?;
     cpu.run(Operation::ReadPages(memory.gpa, PAGES))?;
     let page_of = |page: u64| {
         let hva = memory.hva() + page * PAGE_SIZE;

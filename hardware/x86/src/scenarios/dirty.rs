@@ -1,6 +1,6 @@
 //! Dirty tracking: what the log says against what the guest wrote.
 
-use super::{Verdict, check};
+use super::{Verdict, check, machine};
 use crate::ensure;
 use crate::processor::{Features, Virtualization};
 use crate::vm::{Failure, GuestCpu, Memory, Operation, Vm};
@@ -60,13 +60,11 @@ fn rounds<V: Virtualization>(
 
 /// Logs a slot that was mapped and writable before, in a machine made like this.
 fn agrees<V: Virtualization>(config: Config) -> Result<(), Failure> {
-    let vm = Vm::<V>::new(config)?;
     let memory = Memory {
         size: PAGES * PAGE_SIZE,
         ..Memory::default()
     };
-    vm.add_memory(memory)?;
-    let mut cpu = GuestCpu::new(&vm)?;
+    let (vm, mut cpu) = machine::<V>(config, memory)?;
     cpu.run(Operation::WritePages(memory.gpa, 1, PAGES))?;
     vm.change_region(Memory {
         flags: RegionFlags::LOG_DIRTY,
@@ -105,15 +103,13 @@ pub fn by_processor_log<V: Virtualization>() -> Result<Verdict, Failure> {
     };
     agrees::<V>(config)?;
     // More pages than the log holds, none of which was mapped before.
-    let vm = Vm::<V>::new(config)?;
     const MANY: u64 = 1280;
     let memory = Memory {
         size: MANY * PAGE_SIZE,
         flags: RegionFlags::LOG_DIRTY,
         ..Memory::default()
     };
-    vm.add_memory(memory)?;
-    let mut cpu = GuestCpu::new(&vm)?;
+    let (vm, mut cpu) = machine::<V>(config, memory)?;
     cpu.run(Operation::WritePages(memory.gpa, 1, MANY))?;
     for round in 0..2 {
         let mut log = [0; MANY as usize / 64];

@@ -1,6 +1,6 @@
 //! Faults that the MMU fixes, and the guest goes on.
 
-use super::{Verdict, memory_at};
+use super::{Verdict, machine, memory_at};
 use crate::ensure;
 use crate::guest;
 use crate::host::Writes;
@@ -16,14 +16,12 @@ const VALUE: u64 = 0xfeed_beef_0000_0001;
 type Machine<V> = (Arc<Vm<V>>, GuestCpu<V>, Memory);
 
 /// A machine with memory of one page of this size, all of whose smaller pages are mapped at once.
-fn machine<V: Virtualization>(level: Level, writes: Writes) -> Result<Machine<V>, Failure> {
-    let vm = Vm::new(Config::default())?;
+fn one_page<V: Virtualization>(level: Level, writes: Writes) -> Result<Machine<V>, Failure> {
     let memory = Memory {
         writes,
         ..memory_at(level)
     };
-    vm.add_memory(memory)?;
-    let cpu = GuestCpu::new(&vm)?;
+    let (vm, cpu) = machine(Config::default(), memory)?;
     Ok((vm, cpu, memory))
 }
 
@@ -59,7 +57,7 @@ fn target(memory: &Memory) -> (u64, Hpa) {
 /// Reads of memory that was never mapped.
 pub fn not_present<V: Virtualization>() -> Result<Verdict, Failure> {
     for level in [Level::L4K, Level::L2M, Level::L1G] {
-        let (vm, mut cpu, memory) = machine::<V>(level, Writes::Allowed)?;
+        let (vm, mut cpu, memory) = one_page::<V>(level, Writes::Allowed)?;
         let (gpa, hpa) = target(&memory);
         guest::store(hpa, VALUE);
         let done = cpu.run(Operation::Read(gpa))?;
@@ -83,7 +81,7 @@ pub fn not_present<V: Virtualization>() -> Result<Verdict, Failure> {
 /// Writes to memory that was never mapped, and to memory that is mapped read-only.
 pub fn write<V: Virtualization>() -> Result<Verdict, Failure> {
     for level in [Level::L4K, Level::L2M, Level::L1G] {
-        let (vm, mut cpu, memory) = machine::<V>(level, Writes::Allowed)?;
+        let (vm, mut cpu, memory) = one_page::<V>(level, Writes::Allowed)?;
         let (gpa, hpa) = target(&memory);
         guest::store(hpa, 0);
         let done = cpu.run(Operation::Write(gpa, VALUE))?;
@@ -98,7 +96,7 @@ pub fn write<V: Virtualization>() -> Result<Verdict, Failure> {
         super::check(&vm)?;
         drop((cpu, vm));
 
-        let (vm, mut cpu, memory) = machine::<V>(level, Writes::OnDemand)?;
+        let (vm, mut cpu, memory) = one_page::<V>(level, Writes::OnDemand)?;
         let (gpa, hpa) = target(&memory);
         cpu.run(Operation::Read(gpa))?;
         let done = cpu.run(Operation::Write(gpa, VALUE + 1))?;
@@ -119,7 +117,7 @@ pub fn write<V: Virtualization>() -> Result<Verdict, Failure> {
 
 fn fetch_as<V: Virtualization>(user: bool) -> Result<(), Failure> {
     for level in [Level::L4K, Level::L2M, Level::L1G] {
-        let (vm, mut cpu, memory) = machine::<V>(level, Writes::Allowed)?;
+        let (vm, mut cpu, memory) = one_page::<V>(level, Writes::Allowed)?;
         let (gpa, hpa) = target(&memory);
         guest::store_return(hpa);
         cpu.processor.set_user(user);
@@ -150,13 +148,12 @@ pub fn user_execute<V: Virtualization>() -> Result<Verdict, Failure> {
 
 /// Huge pages that are not executable: a fetch makes small ones.
 pub fn execute_huge<V: Virtualization>() -> Result<Verdict, Failure> {
-    let vm = Vm::<V>::new(Config {
+    let memory = memory_at(Level::L2M);
+    let config = Config {
         nx_huge_pages: true,
         ..Config::default()
-    })?;
-    let memory = memory_at(Level::L2M);
-    vm.add_memory(memory)?;
-    let mut cpu = GuestCpu::new(&vm)?;
+    };
+    let (vm, mut cpu) = machine::<V>(config, memory)?;
     let (gpa, hpa) = target(&memory);
     guest::store_return(hpa);
     let done = cpu.run(Operation::Read(gpa))?;
@@ -227,13 +224,11 @@ pub fn mmio<V: Virtualization>() -> Result<Verdict, Failure> {
 
 /// Writes to a read-only slot are for a device; reads are not.
 pub fn read_only_slot<V: Virtualization>() -> Result<Verdict, Failure> {
-    let vm = Vm::<V>::new(Config::default())?;
     let memory = Memory {
         flags: RegionFlags::READONLY,
         ..Memory::default()
     };
-    vm.add_memory(memory)?;
-    let mut cpu = GuestCpu::new(&vm)?;
+    let (vm, mut cpu) = machine::<V>(Config::default(), memory)?;
     let (gpa, hpa) = target(&memory);
     guest::store(hpa, VALUE);
     for _ in 0..2 {
@@ -259,7 +254,7 @@ pub fn read_only_slot<V: Virtualization>() -> Result<Verdict, Failure> {
 /// Memory is taken away and put somewhere else; the guest's next access finds it there.
 pub fn zap<V: Virtualization>() -> Result<Verdict, Failure> {
     for level in [Level::L4K, Level::L2M] {
-        let (vm, mut cpu, memory) = machine::<V>(level, Writes::Allowed)?;
+        let (vm, mut cpu, memory) = one_page::<V>(level, Writes::Allowed)?;
         let (gpa, hpa) = target(&memory);
         guest::store(hpa, VALUE);
         cpu.run(Operation::Read(gpa))?;

@@ -6,12 +6,15 @@ mod exceptions;
 mod faults;
 mod private;
 mod shootdown;
+mod sub_pages;
 
 use crate::host::tables_in_use;
 use crate::processor::Virtualization;
-use crate::vm::{Failure, Memory, Vm};
+use crate::vm::{Failure, GuestCpu, Memory, Vm};
 use crate::{heap, println};
+use alloc::sync::Arc;
 use twofold_arch::Level;
+use twofold_mmu::Config;
 
 /// What a scenario came to.
 pub enum Verdict {
@@ -38,6 +41,16 @@ fn check<V: Virtualization>(vm: &Vm<V>) -> Result<(), Failure> {
     let report = vm.check();
     ensure!(report.violations.is_empty(), "{report}");
     Ok(())
+}
+
+/// How most begin: a machine with memory, and a processor that waits for its first operation.
+fn machine<V: Virtualization>(
+    config: Config,
+    memory: Memory,
+) -> Result<(Arc<Vm<V>>, GuestCpu<V>), Failure> {
+    let vm = Vm::with_memory(config, memory)?;
+    let cpu = GuestCpu::new(&vm)?;
+    Ok((vm, cpu))
 }
 
 /// Memory for one mapping of this size. The 1G page begins at physical address 0 and holds the
@@ -83,6 +96,12 @@ where
         ("ageing by accessed bits", age::by_accessed_bits::<V>),
         ("ageing by access tracking", age::by_access_tracking::<V>),
         ("empty entries suppress #VE", exceptions::suppressed::<V>),
+        ("MMIO entries that make a #VE", exceptions::mmio::<V>),
+        ("sub-pages permitted and denied", sub_pages::judged::<V>),
+        (
+            "sub-page table filled lazily",
+            sub_pages::filled_lazily::<V>,
+        ),
         ("private and shared filter", private::filter::<V>),
         (
             "second processor: moved memory",
@@ -101,6 +120,10 @@ where
             shootdown::deleted_slot::<V>,
         ),
         ("second processor: dirty log", shootdown::dirty_log::<V>),
+        (
+            "second processor: denied sub-page",
+            shootdown::denied_sub_page::<V>,
+        ),
         (
             "second processor: split and recovery",
             shootdown::split_and_recovered::<V>,

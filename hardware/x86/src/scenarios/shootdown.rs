@@ -3,7 +3,7 @@
 //! Its guest accesses one page for ever and never leaves by itself, so it lives on the translation
 //! that it has until it is made to drop it.
 
-use super::{Verdict, check, private};
+use super::{Verdict, check, machine, private, sub_pages};
 use crate::ensure;
 use crate::guest;
 use crate::processor::Virtualization;
@@ -12,6 +12,7 @@ use crate::vm::{DEVICE_VALUE, Failure, GuestCpu, Memory, Operation, Vm};
 use alloc::format;
 use alloc::sync::Arc;
 use core::sync::atomic::Ordering;
+use twofold_arch::sppt::AccessMap;
 use twofold_arch::{Hpa, Level, PAGE_SIZE};
 use twofold_mmu::{Config, RegionFlags};
 
@@ -112,9 +113,8 @@ pub fn moved_memory<V: Virtualization>() -> Result<Verdict, Failure>
 where
     Vm<V>: Send + Sync,
 {
-    let vm = Vm::<V>::new(Config::default())?;
     let memory = Memory::default();
-    vm.add_memory(memory)?;
+    let vm = Vm::<V>::with_memory(Config::default(), memory)?;
     let background = Background::start(&vm, Operation::WriteForever(memory.gpa))?;
     let (mut here, mut there) = (Hpa::new(memory.hpa), Hpa::new(memory.hpa + 0x1000));
     for round in 0..ROUNDS {
@@ -143,9 +143,8 @@ pub fn omitted_flush<V: Virtualization>() -> Result<Verdict, Failure>
 where
     Vm<V>: Send + Sync,
 {
-    let vm = Vm::<V>::new(Config::default())?;
     let memory = Memory::default();
-    vm.add_memory(memory)?;
+    let vm = Vm::<V>::with_memory(Config::default(), memory)?;
     let background = Background::start(&vm, Operation::WriteForever(memory.gpa))?;
     let (here, there) = (Hpa::new(memory.hpa), Hpa::new(memory.hpa + 0x1000));
     // The barrier makes the guest leave, too. It must have come back before the page goes.
@@ -208,7 +207,6 @@ pub fn split_and_recovered<V: Virtualization>() -> Result<Verdict, Failure>
 where
     Vm<V>: Send + Sync,
 {
-    let vm = Vm::<V>::new(Config::default())?;
     let memory = super::memory_at(Level::L2M);
     let plain = Memory {
         flags: RegionFlags::empty(),
@@ -224,8 +222,7 @@ where
         guest::store(Hpa::new(memory.hpa + page * PAGE_SIZE), page);
     }
     let sum = PAGES * (PAGES - 1) / 2;
-    vm.add_memory(plain)?;
-    let mut cpu = GuestCpu::new(&vm)?;
+    let (vm, mut cpu) = machine::<V>(Config::default(), plain)?;
     // The guest writes beside the word that the other one reads.
     let background = Background::start(
         &vm,
@@ -278,13 +275,13 @@ where
     const OLD: u64 = 0x01d;
     const POISON: u64 = 0xbad;
     for zap_all in [true, false] {
-        let vm = Vm::<V>::new(Config {
+        let memory = Memory::default();
+        let config = Config {
             slot_zap_all: zap_all,
             ..Config::default()
-        })?;
-        let memory = Memory::default();
+        };
+        let vm = Vm::<V>::with_memory(config, memory)?;
         guest::store(Hpa::new(memory.hpa), OLD);
-        vm.add_memory(memory)?;
         let background = Background::start(&vm, Operation::ReadForever(memory.gpa))?;
         ensure!(
             guest::load(report(0)) == OLD,
@@ -315,15 +312,15 @@ where
     Vm<V>: Send + Sync,
 {
     for pml in [false, true] {
-        let vm = Vm::<V>::new(Config {
+        let config = Config {
             pml,
             ..Config::default()
-        })?;
+        };
         let memory = Memory {
             flags: RegionFlags::LOG_DIRTY,
             ..Memory::default()
         };
-        vm.add_memory(memory)?;
+        let vm = Vm::<V>::with_memory(config, memory)?;
         let background = Background::start(&vm, Operation::WriteForever(memory.gpa))?;
         let mut missed = None;
         for round in 0..2 * ROUNDS {
@@ -344,4 +341,37 @@ where
         check(&vm)?;
     }
     Ok(Verdict::Shown("40 reads of the log, each has the page"))
+}
+
+/// A piece of a page that is written all the time may not be any more, and then may be again.
+pub fn denied_sub_page<V: Virtualization>() -> Result<Verdict, Failure>
+where
+    Vm<V>: Send + Sync,
+{
+    let memory = Memory::default();
+    let Some(vm) = sub_pages::machine::<V>(memory)? else {
+        return Ok(Verdict::NotHere("no sub-page permissions"));
+    };
+    let place = Hpa::new(memory.hpa);
+    // Only the piece that is written changes its permission at first, then the whole page does.
+    let others = AccessMap(!1);
+    let background = Background::start(&vm, Operation::WriteForever(memory.gpa))?;
+    for round in 0..ROUNDS {
+        let (before, denied) = match round % 2 {
+            0 => (AccessMap(1), others),
+            _ => (AccessMap::FULL, AccessMap(0)),
+        };
+        sub_pages::protect(&vm, &memory, 0, &[before])?;
+        background.goes_on()?;
+        let written = background.changes(place)?;
+        sub_pages::protect(&vm, &memory, 0, &[denied])?;
+        let stale = background.changes(place)?;
+        ensure!(written, "round {round}: a permitted write is denied");
+        ensure!(!stale, "round {round}: a denied write gets through");
+    }
+    background.stop()?;
+    check(&vm)?;
+    Ok(Verdict::Shown(
+        "20 changes, no write after its permission is gone",
+    ))
 }
