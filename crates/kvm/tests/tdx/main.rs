@@ -8,6 +8,7 @@ mod common;
 mod memory;
 mod regions;
 mod registers;
+mod storm;
 
 use common::*;
 use kvm_bindings::*;
@@ -30,6 +31,8 @@ const INIT_MEM_REGION: u32 = 3;
 const FINALIZE_VM: u32 = 4;
 const GET_CPUID: u32 = 5;
 const MEASURE: u32 = 1;
+const KEEP_SIZE: i32 = libc::FALLOC_FL_KEEP_SIZE;
+const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE;
 const SEPT_VE_DISABLE: u64 = 1 << 28;
 
 /// `struct kvm_tdx_cmd`
