@@ -28,6 +28,7 @@ mod split;
 mod spp;
 mod sub_pages;
 mod tables;
+mod td;
 mod threads;
 mod zap;
 
@@ -52,6 +53,7 @@ const SUBJECTS: [(&str, Subject); 17] = [
     ("attributes", attributes::rows),
     ("memory", memory::rows),
     ("private", private::rows),
+    ("td", td::rows),
     ("pkvm", pkvm::rows),
     ("sub-pages", sub_pages::rows),
     ("spp", spp::rows),
