@@ -6,17 +6,17 @@
 use std::io;
 use std::ptr;
 use std::sync::Arc;
-use twofold_arch::ept::{self, EptCaps, EptEntry, EptFlags, Eptp};
+use twofold_arch::ept::Eptp;
 use twofold_arch::sppt::SppQualification;
 use twofold_arch::{Hpa, Level};
 use twofold_cpu::state::gpr;
 use twofold_cpu::{
     Cpu, Exit, Machine, MachineConfig, Registers, SecondStage, SecondStageFault, SecondStageKind,
-    Segment, SystemRegisters,
+    Segment, SystemRegisters, VeControl, reason,
 };
 use twofold_walks::{
-    Case, End, GPA, Kind, LEVELS, Operation, PHYSICAL_ADDRESS_BITS, SUB_PAGE_TABLES, TABLES,
-    TARGET, TARGET_VALUE, WRITTEN_VALUE, Walked,
+    Case, End, GPA, Kind, Operation, PHYSICAL_ADDRESS_BITS, SUB_PAGE_TABLES, TABLES, TARGET,
+    TARGET_VALUE, WRITTEN_VALUE, Walked,
 };
 
 /// Physical memory: as much as the tables and the guest need.
@@ -30,6 +30,9 @@ const WRITE: u64 = CODE + 0x10;
 const FETCH: u64 = CODE + 0x20;
 const STACK_TOP: u64 = 0x2000;
 const GUEST_TABLES: u64 = 0x2000;
+
+/// The information page of #VE.
+const INFORMATION: Hpa = Hpa::new(0x0311_0000);
 
 /// A processor with the guest's own memory in place.
 pub(crate) struct Processor {
@@ -86,6 +89,12 @@ impl Processor {
         if kind == Kind::EptWithSubPages {
             cpu.set_sppt(Some(SUB_PAGE_TABLES))
                 .map_err(io::Error::other)?;
+        }
+        if kind == Kind::EptWithExceptions {
+            cpu.set_ve(Some(VeControl {
+                page: INFORMATION,
+                intercept: true,
+            }));
         }
         let mut new = Self {
             kind,
@@ -165,6 +174,17 @@ impl Processor {
         self.cpu.set_system_registers(&system);
     }
 
+    /// What the processor has written about a #VE. It may write there again afterwards.
+    fn take_exception(&mut self) -> (End, u64) {
+        let [first, qualification, linear, gpa] =
+            [0, 8, 16, 24].map(|offset| self.load(Hpa::new(INFORMATION.get() + offset)));
+        self.store(INFORMATION, 0);
+        match first as u32 == reason::EPT_VIOLATION && linear == GPA.get() {
+            true => (End::Exception(qualification), gpa),
+            false => (End::Strange(first), 0),
+        }
+    }
+
     /// Walks.
     pub(crate) fn walk(&mut self, number: u64, case: Case) -> Walked {
         for (place, entry) in case.words() {
@@ -192,11 +212,7 @@ impl Processor {
                 (End::Done(read), 0)
             }
             Exit::Halt => (End::Done(self.load(TARGET)), 0),
-            Exit::SecondStage(SecondStageFault::EptViolation {
-                gpa, qualification, ..
-            }) if self.kind == Kind::EptWithExceptions && !suppressed(&case) => {
-                (End::Exception(qualification), gpa.get())
-            }
+            Exit::VirtualizationException(_) => self.take_exception(),
             Exit::SecondStage(SecondStageFault::EptViolation {
                 gpa, qualification, ..
             }) => (End::Violation(qualification), gpa.get()),
@@ -225,20 +241,4 @@ impl Processor {
             entries: twofold_walks::places().map(|place| self.load(place)),
         }
     }
-}
-
-/// Whether the entry that decides about a violation suppresses #VE: the leaf, or the entry that is not
-/// present, at whatever level. (`twofold-cpu` always exits.)
-fn suppressed(case: &Case) -> bool {
-    for (entry, level) in case.entries.into_iter().zip(LEVELS) {
-        match ept::decode(entry, level, EptCaps::full(PHYSICAL_ADDRESS_BITS)) {
-            EptEntry::Table { .. } => {}
-            EptEntry::NotPresent { flags } | EptEntry::Leaf { flags, .. } => {
-                return flags.contains(EptFlags::SUPPRESS_VE);
-            }
-            // Not a violation.
-            EptEntry::Misconfig(_) => return true,
-        }
-    }
-    true
 }
