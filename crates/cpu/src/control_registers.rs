@@ -72,6 +72,7 @@ pub(crate) const CR4_BITS: u64 = cr4::TSD
     | cr4::LA57
     | cr4::FSGSBASE
     | cr4::PCIDE
+    | cr4::OSXSAVE
     | cr4::SMEP
     | cr4::SMAP
     | cr4::PKE;

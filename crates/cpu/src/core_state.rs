@@ -10,8 +10,8 @@ use crate::machine::Machine;
 use crate::memory::Memory;
 use crate::mode::Mode;
 use crate::state::{
-    Counters, CpuidEntry, DebugControl, DebugRegisters, Events, Msrs, Segment, TableRegister, cr0,
-    efer, rflags,
+    Counters, CpuidEntry, DebugControl, DebugRegisters, Events, FpuState, Msrs, Segment,
+    TableRegister, cr0, efer, rflags,
 };
 use crate::trap::{Exception, Exit, Trap, vector};
 use std::sync::Arc;
@@ -41,27 +41,6 @@ pub(crate) mod slot {
 pub(crate) struct Window {
     pub(crate) low: u64,
     pub(crate) high: u64,
-}
-
-/// x87 and SSE registers.
-#[derive(Clone, Debug)]
-#[repr(align(64))]
-pub(crate) struct Vectors {
-    pub(crate) xmm: [u128; 16],
-    pub(crate) mxcsr: u32,
-    pub(crate) x87: X87,
-}
-
-/// The x87 registers, which only FXSAVE, FXRSTOR and the control word instructions touch.
-#[derive(Clone, Debug)]
-pub(crate) struct X87 {
-    pub(crate) st: [u128; 8],
-    pub(crate) fcw: u16,
-    pub(crate) fsw: u16,
-    pub(crate) ftw: u8,
-    pub(crate) fop: u16,
-    pub(crate) fip: u64,
-    pub(crate) fdp: u64,
 }
 
 /// An instruction that waits for the hypervisor.
@@ -133,10 +112,10 @@ pub(crate) struct Core {
     pub(crate) readable: [Window; 8],
     /// Offsets that may be written, by segment.
     pub(crate) writable: [Window; 8],
-    /// Vector registers.
-    pub(crate) vectors: Vectors,
+    /// x87 and vector registers. While `float` is live, MXCSR is in the host's register.
+    pub(crate) vectors: FpuState,
     /// Where the guest's MXCSR is at the moment.
-    pub(crate) float: crate::sse::FloatUnit,
+    pub(crate) float: crate::simd::FloatUnit,
     /// Guest memory: translation caches, second stage, MMIO in progress.
     pub(crate) mem: Memory,
 
@@ -196,6 +175,8 @@ pub(crate) struct Core {
     pub(crate) physical_bits: u8,
     /// Bits of CR4 that the guest may set.
     pub(crate) cr4_allowed: u64,
+    /// Bits of XCR0 that the guest may set.
+    pub(crate) xcr0_allowed: u64,
     /// Details of [`Trap::Exception`].
     pub(crate) fault: Exception,
     /// Details of [`Trap::Exit`].
@@ -286,6 +267,10 @@ impl Core {
             )
             .with(Mode::USER, self.user)
             .with(Mode::SSE, sse)
+            .with(
+                Mode::AVX,
+                protected && self.avx_is_enabled() && self.cr0 & cr0::TS == 0,
+            )
             .with(Mode::TASK_SWITCHED, self.cr0 & cr0::TS != 0)
             .with(Mode::PROTECTED, protected)
             .with(Mode::SINGLE, single);

@@ -2,7 +2,7 @@
 
 use crate::blocks::BlockCache;
 use crate::breakpoints::Breakpoints;
-use crate::core_state::{Core, Pending, Vectors, Window, X87, slot};
+use crate::core_state::{Core, Pending, Window, slot};
 use crate::flags::Flags;
 use crate::line::Line;
 use crate::machine::Machine;
@@ -64,20 +64,11 @@ impl Cpu {
                 low: 0,
                 high: 0xffff,
             }; 8],
-            vectors: Vectors {
-                xmm: [0; 16],
-                mxcsr: 0x1f80,
-                x87: X87 {
-                    st: [0; 8],
-                    fcw: 0x40,
-                    fsw: 0,
-                    ftw: 0,
-                    fop: 0,
-                    fip: 0,
-                    fdp: 0,
-                },
+            vectors: FpuState {
+                fcw: 0x40,
+                ..FpuState::default()
             },
-            float: crate::sse::FloatUnit::default(),
+            float: crate::simd::FloatUnit::default(),
             mem,
             cpl: 0,
             segment: [Segment::default(); 6],
@@ -113,6 +104,7 @@ impl Cpu {
             cpuid: Vec::new(),
             physical_bits: machine.config().maxphyaddr,
             cr4_allowed: crate::control_registers::CR4_BITS,
+            xcr0_allowed: crate::xsave::components(),
             fault: Exception {
                 vector: 0,
                 error_code: None,
@@ -347,36 +339,16 @@ impl Cpu {
         self.core.update_breakpoints();
     }
 
-    /// x87 and SSE state.
+    /// x87, SSE and AVX state.
     pub fn fpu(&self) -> FpuState {
-        let Vectors { xmm, mxcsr, x87 } = &self.core.vectors;
-        FpuState {
-            fcw: x87.fcw,
-            fsw: x87.fsw,
-            ftw: x87.ftw,
-            fop: x87.fop,
-            fip: x87.fip,
-            fdp: x87.fdp,
-            st: x87.st,
-            mxcsr: *mxcsr,
-            xmm: *xmm,
-        }
+        self.core.vectors
     }
 
-    /// Replaces x87 and SSE state. Reserved bits of MXCSR are dropped.
+    /// Replaces x87, SSE and AVX state. Reserved bits of MXCSR are dropped.
     pub fn set_fpu(&mut self, fpu: &FpuState) {
-        self.core.vectors = Vectors {
-            xmm: fpu.xmm,
+        self.core.vectors = FpuState {
             mxcsr: fpu.mxcsr & 0xffff,
-            x87: X87 {
-                st: fpu.st,
-                fcw: fpu.fcw,
-                fsw: fpu.fsw,
-                ftw: fpu.ftw,
-                fop: fpu.fop,
-                fip: fpu.fip,
-                fdp: fpu.fdp,
-            },
+            ..*fpu
         };
     }
 
@@ -389,7 +361,12 @@ impl Cpu {
     pub fn set_msrs(&mut self, msrs: &Msrs) {
         // Also where translations depend on it.
         self.core.set_pkru(msrs.pkru);
+        let changed = self.core.msrs.xcr0 != msrs.xcr0;
         self.core.msrs = *msrs;
+        if changed {
+            // XCR0 decides which instructions there are.
+            self.core.update_mode();
+        }
     }
 
     /// Whether RDMSR and WRMSR of every register leave with [`Exit::Rdmsr`] and [`Exit::Wrmsr`],
@@ -442,6 +419,22 @@ impl Cpu {
     /// one, names.
     pub fn cr4_allowed(&self) -> u64 {
         self.core.cr4_allowed
+    }
+
+    /// The bits of XCR0 that the guest may set: state components that the processor has and its
+    /// CPUID table, if it has one, names.
+    pub fn xcr0_allowed(&self) -> u64 {
+        self.core.xcr0_allowed
+    }
+
+    /// Whether XCR0 takes a value: XSETBV of another raises #GP.
+    pub fn may_hold_xcr0(&self, value: u64) -> bool {
+        self.core.may_hold_xcr0(value)
+    }
+
+    /// What CPUID makes of an entry now: the parts that follow CR4 and XCR0 are filled in.
+    pub fn current_cpuid(&self, entry: CpuidEntry) -> CpuidEntry {
+        self.core.current_cpuid(entry)
     }
 
     /// The CPUID table.

@@ -4,8 +4,9 @@ use crate::control_registers::CR4_BITS;
 use crate::core_state::Core;
 use crate::machine::SecondStageKind;
 use crate::random::Sources;
-use crate::sse::Host;
-use crate::state::{CpuidEntry, cr4};
+use crate::simd::Host;
+use crate::state::{CpuidEntry, cr4, xcr0};
+use crate::xsave;
 
 /// Leaf 1, EDX.
 mod leaf1_edx {
@@ -31,6 +32,7 @@ mod leaf1_ecx {
     pub(super) const SSE3: u32 = 1 << 0;
     pub(super) const PCLMULQDQ: u32 = 1 << 1;
     pub(super) const SSSE3: u32 = 1 << 9;
+    pub(super) const FMA: u32 = 1 << 12;
     pub(super) const CX16: u32 = 1 << 13;
     pub(super) const SSE41: u32 = 1 << 19;
     pub(super) const SSE42: u32 = 1 << 20;
@@ -40,6 +42,8 @@ mod leaf1_ecx {
     pub(super) const AES: u32 = 1 << 25;
     pub(super) const XSAVE: u32 = 1 << 26;
     pub(super) const OSXSAVE: u32 = 1 << 27;
+    pub(super) const AVX: u32 = 1 << 28;
+    pub(super) const F16C: u32 = 1 << 29;
     pub(super) const RDRAND: u32 = 1 << 30;
 }
 
@@ -48,6 +52,7 @@ mod leaf7_ebx {
     pub(super) const FSGSBASE: u32 = 1 << 0;
     pub(super) const TSC_ADJUST: u32 = 1 << 1;
     pub(super) const BMI1: u32 = 1 << 3;
+    pub(super) const AVX2: u32 = 1 << 5;
     pub(super) const SMEP: u32 = 1 << 7;
     pub(super) const BMI2: u32 = 1 << 8;
     pub(super) const ERMS: u32 = 1 << 9;
@@ -64,6 +69,8 @@ mod leaf7_ecx {
     pub(super) const UMIP: u32 = 1 << 2;
     pub(super) const PKU: u32 = 1 << 3;
     pub(super) const OSPKE: u32 = 1 << 4;
+    pub(super) const VAES: u32 = 1 << 9;
+    pub(super) const VPCLMULQDQ: u32 = 1 << 10;
     pub(super) const LA57: u32 = 1 << 16;
     pub(super) const RDPID: u32 = 1 << 22;
 }
@@ -71,6 +78,16 @@ mod leaf7_ecx {
 /// Leaf 7 subleaf 0, EDX.
 mod leaf7_edx {
     pub(super) const SERIALIZE: u32 = 1 << 14;
+}
+
+/// Leaf 0xD: state components.
+mod leaf_d {
+    /// The leaf.
+    pub(super) const LEAF: u32 = 0xd;
+    /// Subleaf 1, EAX.
+    pub(super) const XSAVEOPT: u32 = 1 << 0;
+    pub(super) const XSAVEC: u32 = 1 << 1;
+    pub(super) const XGETBV_ECX_1: u32 = 1 << 2;
 }
 
 /// Leaf 0x80000001.
@@ -118,23 +135,29 @@ pub fn supported(kind: SecondStageKind, physical_bits: u8) -> Vec<CpuidEntry> {
     };
     let host_has = Host::detected();
     let random = Sources::detected();
-    let vector_extensions = [
+    let vector_extensions = bits_of(&[
         (host_has.sse3, leaf1_ecx::SSE3),
         (host_has.pclmulqdq, leaf1_ecx::PCLMULQDQ),
         (host_has.ssse3, leaf1_ecx::SSSE3),
         (host_has.sse41, leaf1_ecx::SSE41),
         (host_has.sse42, leaf1_ecx::SSE42),
         (host_has.aes, leaf1_ecx::AES),
-    ]
-    .into_iter()
-    .fold(0, |bits, (has, bit)| if has { bits | bit } else { bits });
+        (host_has.avx, leaf1_ecx::AVX),
+        (host_has.f16c, leaf1_ecx::F16C),
+        (host_has.fma, leaf1_ecx::FMA),
+    ]);
+    let avx2 = bits_of(&[(host_has.avx2, leaf7_ebx::AVX2)]);
+    let wide_crypto = bits_of(&[
+        (host_has.vaes, leaf7_ecx::VAES),
+        (host_has.vpclmulqdq, leaf7_ecx::VPCLMULQDQ),
+    ]);
     let signature = match kind {
         // Family 6 model 85, and family 25 model 1.
         SecondStageKind::Ept => 0x0005_0654,
         SecondStageKind::Npt => 0x00a0_0f11,
     };
     let mut table = vec![
-        entry(0, 7, ebx, ecx, edx),
+        entry(0, leaf_d::LEAF, ebx, ecx, edx),
         entry(
             1,
             signature,
@@ -145,6 +168,7 @@ pub fn supported(kind: SecondStageKind, physical_bits: u8) -> Vec<CpuidEntry> {
                 | leaf1_ecx::PCID
                 | leaf1_ecx::MOVBE
                 | leaf1_ecx::POPCNT
+                | leaf1_ecx::XSAVE
                 | if random.rdrand { leaf1_ecx::RDRAND } else { 0 },
             leaf1_edx::DE
                 | leaf1_edx::PSE
@@ -178,8 +202,9 @@ pub fn supported(kind: SecondStageKind, physical_bits: u8) -> Vec<CpuidEntry> {
                     | leaf7_ebx::ADX
                     | leaf7_ebx::SMAP
                     | leaf7_ebx::CLFLUSHOPT
-                    | leaf7_ebx::CLWB,
-                leaf7_ecx::UMIP | leaf7_ecx::PKU | leaf7_ecx::LA57 | leaf7_ecx::RDPID,
+                    | leaf7_ebx::CLWB
+                    | avx2,
+                wide_crypto | leaf7_ecx::UMIP | leaf7_ecx::PKU | leaf7_ecx::LA57 | leaf7_ecx::RDPID,
                 leaf7_edx::SERIALIZE,
             )
         },
@@ -196,6 +221,7 @@ pub fn supported(kind: SecondStageKind, physical_bits: u8) -> Vec<CpuidEntry> {
                 | extended::EDX_LM,
         ),
     ];
+    table.extend(state_components());
     let brand = b"Twofold software processor\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
     for (leaf, part) in (0x8000_0002..=0x8000_0004).zip(brand.chunks(16)) {
         let [a, b, c, d] = [0, 4, 8, 12].map(|at| word(part.get(at..at + 4).unwrap_or_default()));
@@ -214,6 +240,57 @@ pub fn supported(kind: SecondStageKind, physical_bits: u8) -> Vec<CpuidEntry> {
     table
 }
 
+/// The bits of what is there.
+fn bits_of(features: &[(bool, u32)]) -> u32 {
+    features
+        .iter()
+        .filter(|(there, _)| *there)
+        .fold(0, |bits, (_, bit)| bits | bit)
+}
+
+/// Leaf 0xD: the components of XCR0, how large an area is, and where each component lies in it.
+fn state_components() -> Vec<CpuidEntry> {
+    let components = xsave::components();
+    let subleaf = |subleaf, eax, ebx, ecx, edx| CpuidEntry {
+        leaf: leaf_d::LEAF,
+        subleaf,
+        has_subleaf: true,
+        eax,
+        ebx,
+        ecx,
+        edx,
+    };
+    // EBX of the first two depends on XCR0 and is filled in when the guest asks.
+    let most = xsave::standard_bytes(components) as u32;
+    let compacted = xsave::compacted_bytes(components) as u32;
+    let mut table = vec![
+        subleaf(0, components as u32, most, most, (components >> 32) as u32),
+        subleaf(
+            1,
+            leaf_d::XSAVEOPT | leaf_d::XSAVEC | leaf_d::XGETBV_ECX_1,
+            compacted,
+            0,
+            0,
+        ),
+    ];
+    let behind_header = [
+        (xcr0::AVX, xsave::AVX_PLACE),
+        (xcr0::PKRU, xsave::pkru_place()),
+    ];
+    for (component, place) in behind_header {
+        if components & component != 0 {
+            table.push(subleaf(
+                component.trailing_zeros(),
+                place.size,
+                place.offset,
+                0,
+                0,
+            ));
+        }
+    }
+    table
+}
+
 impl Core {
     /// Takes over what the table says about physical addresses and CR4.
     pub(crate) fn update_features(&mut self) {
@@ -221,7 +298,7 @@ impl Core {
             let wanted = |entry: &&CpuidEntry| entry.leaf == leaf && entry.subleaf == 0;
             self.cpuid.iter().find(wanted).copied().unwrap_or_default()
         };
-        let (one, seven) = (find(1), find(7));
+        let (one, seven, state) = (find(1), find(7), find(leaf_d::LEAF));
         let gates = [
             (one.ecx, leaf1_ecx::PCID, cr4::PCIDE),
             (one.ecx, leaf1_ecx::XSAVE, cr4::OSXSAVE),
@@ -235,6 +312,8 @@ impl Core {
         let absent = |&(word, bit, _): &(u32, u32, u64)| word & bit == 0;
         let forbidden = gates.iter().filter(|gate| absent(gate));
         self.cr4_allowed = CR4_BITS & !forbidden.fold(0, |bits, gate| bits | gate.2);
+        let named = u64::from(state.edx) << 32 | u64::from(state.eax);
+        self.xcr0_allowed = xsave::components() & (named | xcr0::X87);
         // A TD's shared bit may be the highest that an address can have, whatever the host's
         // addresses have.
         let widest = match self.td {
@@ -267,19 +346,29 @@ impl Core {
                 .flatten()
         });
         let entry = found?;
-        let [eax, ebx, mut ecx, edx] = [entry.eax, entry.ebx, entry.ecx, entry.edx];
-        if entry.leaf == 1 {
-            ecx &= !leaf1_ecx::OSXSAVE;
-            if self.cr4 & cr4::OSXSAVE != 0 {
-                ecx |= leaf1_ecx::OSXSAVE;
-            }
-        } else if entry.leaf == 7 && subleaf == 0 {
-            ecx &= !leaf7_ecx::OSPKE;
-            if self.cr4 & cr4::PKE != 0 {
-                ecx |= leaf7_ecx::OSPKE;
-            }
-        }
+        let CpuidEntry {
+            eax, ebx, ecx, edx, ..
+        } = self.current_cpuid(*entry);
         Some([eax, ebx, ecx, edx])
+    }
+
+    /// An entry with the parts that follow CR4 and XCR0.
+    pub(crate) fn current_cpuid(&self, mut entry: CpuidEntry) -> CpuidEntry {
+        let copy = |word: &mut u32, bit: u32, on: bool| {
+            *word = *word & !bit | if on { bit } else { 0 };
+        };
+        let osxsave = self.cr4 & cr4::OSXSAVE != 0;
+        let xcr0 = self.msrs.xcr0;
+        match (entry.leaf, entry.subleaf) {
+            (1, _) => copy(&mut entry.ecx, leaf1_ecx::OSXSAVE, osxsave),
+            (7, 0) => copy(&mut entry.ecx, leaf7_ecx::OSPKE, self.cr4 & cr4::PKE != 0),
+            (leaf_d::LEAF, 0) => entry.ebx = xsave::standard_bytes(xcr0) as u32,
+            (leaf_d::LEAF, 1) if entry.eax & leaf_d::XSAVEC != 0 => {
+                entry.ebx = xsave::compacted_bytes(xcr0) as u32;
+            }
+            _ => {}
+        }
+        entry
     }
 }
 
@@ -292,11 +381,13 @@ mod tests {
         for kind in [SecondStageKind::Ept, SecondStageKind::Npt] {
             let table = supported(kind, 48);
             for (i, entry) in table.iter().enumerate() {
-                assert!(table[..i].iter().all(|other| other.leaf != entry.leaf));
+                let same =
+                    |other: &CpuidEntry| (other.leaf, other.subleaf) == (entry.leaf, entry.subleaf);
+                assert!(!table[..i].iter().any(same));
                 let highest = if entry.leaf >= 0x8000_0000 {
                     0x8000_0008
                 } else {
-                    7
+                    0xd
                 };
                 assert!(entry.leaf <= highest);
             }

@@ -9,9 +9,12 @@ use crate::op::{Handler, Op};
 use crate::trap::{Exit, Trap, UnknownInstruction};
 use crate::{
     bits, control, control_registers, events, far, integer, io, msr, muldiv, protection_keys,
-    random, segments, shifts, sse, stack, strings, syscall, system, system_flags, tables, td,
+    random, segments, shifts, simd, stack, strings, syscall, system, system_flags, tables, td,
+    xsave,
 };
-use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic};
+use iced_x86::{
+    Decoder, DecoderError, DecoderOptions, EncodingKind, FlowControl, Instruction, Mnemonic,
+};
 
 /// Bytes of code that one block is decoded from at most.
 const BLOCK_BYTES: usize = 256;
@@ -22,7 +25,8 @@ const INSTRUCTION_BYTES: usize = 15;
 
 /// The handler for an instruction, if this processor executes it.
 fn select(form: &Form) -> Option<Handler> {
-    if form.mnemonic == Mnemonic::INVALID {
+    // AVX-512 needs state that XCR0 cannot enable.
+    if form.mnemonic == Mnemonic::INVALID || form.instruction.encoding() == EncodingKind::EVEX {
         return Some(invalid);
     }
     integer::select(form)
@@ -45,18 +49,22 @@ fn select(form: &Form) -> Option<Handler> {
         .or_else(|| td::select(form))
         .or_else(|| protection_keys::select(form))
         .or_else(|| random::select(form))
-        .or_else(|| sse::select(form))
+        .or_else(|| xsave::select(form))
+        .or_else(|| simd::select(form))
 }
 
 /// Whether the processor executes an instruction in code of 16, 32 or 64 bits at CPL 3, with SSE
-/// enabled. If not, running it ends in [`Exit::Unknown`].
+/// and AVX enabled. If not, running it ends in [`Exit::Unknown`].
 pub fn executes(instruction: &Instruction, bitness: u32) -> bool {
     let mode = Mode::default()
         .with(Mode::CODE64, bitness == 64)
         .with(Mode::CODE32, bitness == 32)
         .with(Mode::STACK32, bitness == 32)
         .with(
-            Mode::USER.with(Mode::SSE, true).with(Mode::PROTECTED, true),
+            Mode::USER
+                .with(Mode::SSE, true)
+                .with(Mode::AVX, true)
+                .with(Mode::PROTECTED, true),
             true,
         );
     select(&Form::new(*instruction, mode)).is_some()

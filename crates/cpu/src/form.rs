@@ -4,7 +4,7 @@
 use crate::core_state::{seg, slot};
 use crate::mode::Mode;
 use crate::op::{HIGH_BYTE, Op};
-use iced_x86::{Code, ConditionCode, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, ConditionCode, EncodingKind, Instruction, Mnemonic, OpKind, Register};
 
 /// What an operand is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -14,6 +14,8 @@ pub(crate) enum Kind {
     Reg,
     /// An XMM register.
     Xmm,
+    /// A YMM register.
+    Ymm,
     /// A segment register.
     Seg,
     /// A control register.
@@ -44,6 +46,8 @@ pub(crate) struct Form {
     pub(crate) instruction: Instruction,
     pub(crate) mnemonic: Mnemonic,
     pub(crate) mode: Mode,
+    /// In the VEX encoding.
+    pub(crate) is_vex: bool,
     /// The first four operands.
     pub(crate) kinds: [Kind; 4],
     /// Bytes of the first operand.
@@ -130,6 +134,8 @@ fn kind_of(instruction: &Instruction, operand: u32) -> Kind {
                 Kind::Reg
             } else if register.is_xmm() && register.number() < 16 {
                 Kind::Xmm
+            } else if register.is_ymm() && register.number() < 16 {
+                Kind::Ymm
             } else if register.is_segment_register() {
                 Kind::Seg
             } else if register.is_cr() {
@@ -197,6 +203,7 @@ impl Form {
             instruction,
             mnemonic,
             mode,
+            is_vex: instruction.encoding() == EncodingKind::VEX,
             kinds,
             width: 0,
             address: AddressKind::Segmented,
@@ -217,7 +224,7 @@ impl Form {
     pub(crate) fn operand_width(&self, operand: u32) -> usize {
         match self.kinds.get(operand as usize) {
             Some(Kind::Mem) => self.instruction.memory_size().size(),
-            Some(Kind::Reg | Kind::Xmm | Kind::Seg | Kind::Control | Kind::Debug) => {
+            Some(Kind::Reg | Kind::Xmm | Kind::Ymm | Kind::Seg | Kind::Control | Kind::Debug) => {
                 self.instruction.op_register(operand).size()
             }
             _ => match self.instruction.op_kind_or_none(operand) {
@@ -234,6 +241,16 @@ impl Form {
     /// Bytes of the second operand.
     pub(crate) fn source_width(&self) -> usize {
         self.operand_width(1)
+    }
+
+    /// Bytes of the last source of a vector instruction.
+    pub(crate) fn rm_width(&self) -> usize {
+        self.operand_width(if self.is_vex { 2 } else { 1 })
+    }
+
+    /// Whether it works on 256 bits.
+    pub(crate) fn is_wide(&self) -> bool {
+        self.kinds.contains(&Kind::Ymm)
     }
 
     /// Whether any operand is memory.
@@ -330,7 +347,7 @@ impl Form {
         let mut immediates = 0;
         for (operand, kind) in (0u32..).zip(self.kinds) {
             match kind {
-                Kind::Reg | Kind::Xmm | Kind::Seg | Kind::Control | Kind::Debug => {
+                Kind::Reg | Kind::Xmm | Kind::Ymm | Kind::Seg | Kind::Control | Kind::Debug => {
                     let register = instruction.op_register(operand);
                     let slot = if kind == Kind::Seg {
                         segment_of(register)
@@ -340,7 +357,9 @@ impl Form {
                     match operand {
                         0 => op.dst = slot,
                         1 => op.src = slot,
-                        _ => op.aux = slot,
+                        2 => op.aux = slot,
+                        // VEX has a register in an immediate.
+                        _ => op.imm = slot.into(),
                     }
                 }
                 Kind::Mem => {

@@ -14,10 +14,10 @@
 //! Where things are: bytes become operations in `decode` (`form` looks at an instruction, `op` is
 //! what it becomes, `fuse` joins two) and are kept by `blocks`; `execute` runs them for `cpu`, the
 //! hypervisor's side. What an instruction computes is in `alu`, `shifts`, `muldiv`, `bits` and
-//! `sse` as functions over plain values; `integer`, `stack`, `control`, `strings` and `io` fetch
+//! `simd` as functions over plain values; `integer`, `stack`, `control`, `strings` and `io` fetch
 //! their operands and store their results. `segments`, `far` and `events` know descriptors, far
 //! transfers, exceptions and interrupts; `gates` and `virtual8086` two chapters of them; `breakpoints` the debug registers; `control_registers`, `msr`, `tables`, `syscall`,
-//! `system_flags`, `protection_keys`, `random`, `system`, `td` and `cpuid` are the
+//! `system_flags`, `protection_keys`, `xsave`, `random`, `system`, `td` and `cpuid` are the
 //! system instructions. `memory` translates and
 //! accesses.
 
@@ -53,7 +53,7 @@ mod protection_keys;
 mod random;
 mod segments;
 mod shifts;
-mod sse;
+mod simd;
 mod stack;
 pub mod state;
 mod strings;
@@ -65,6 +65,7 @@ mod td;
 mod time;
 mod trap;
 mod virtual8086;
+pub mod xsave;
 
 pub use barrier::{heavy_barrier, light_barrier};
 pub use cpu::Cpu;

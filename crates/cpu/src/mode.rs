@@ -23,6 +23,9 @@ impl Mode {
     pub(crate) const SINGLE: Self = Self(1 << 6);
     /// CR0.TS is set: SSE and x87 raise #NM, not #UD.
     pub(crate) const TASK_SWITCHED: Self = Self(1 << 7);
+    /// AVX instructions may be executed: protected mode without VM, CR0.TS clear, CR4.OSXSAVE set,
+    /// and XCR0 enables SSE and AVX state.
+    pub(crate) const AVX: Self = Self(1 << 8);
 
     /// Whether every bit of `other` is set.
     #[inline(always)]

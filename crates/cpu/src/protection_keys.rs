@@ -17,6 +17,9 @@ pub(crate) fn select(form: &Form) -> Option<Handler> {
     })
 }
 
+/// Bytes of PKRU's state component, of which the first four are the register.
+pub(crate) const PKRU_BYTES: u32 = 8;
+
 fn check(core: &mut Core) -> Result<(), Trap> {
     if core.cr4 & cr4::PKE == 0 {
         return Err(core.invalid_opcode());

@@ -254,8 +254,22 @@ impl Default for DebugRegisters {
     }
 }
 
-/// x87 and SSE state, in the shape of an FXSAVE image.
+/// Bits of XCR0: state components that XSAVE and its relatives manage (SDM Vol. 1, "XSAVE-Supported
+/// Features and State-Component Bitmaps").
+pub mod xcr0 {
+    /// x87 registers.
+    pub const X87: u64 = 1 << 0;
+    /// XMM registers and MXCSR.
+    pub const SSE: u64 = 1 << 1;
+    /// Upper halves of the YMM registers.
+    pub const AVX: u64 = 1 << 2;
+    /// PKRU.
+    pub const PKRU: u64 = 1 << 9;
+}
+
+/// x87, SSE and AVX state, its fields in the order of an XSAVE image.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(align(64))]
 pub struct FpuState {
     /// Control word.
     pub fcw: u16,
@@ -269,16 +283,18 @@ pub struct FpuState {
     pub fip: u64,
     /// Last data pointer.
     pub fdp: u64,
-    /// ST0 to ST7: 80-bit values, each in the low ten bytes.
-    pub st: [u128; 8],
     /// SSE control and status.
     pub mxcsr: u32,
+    /// ST0 to ST7: 80-bit values, each in the low ten bytes.
+    pub st: [u128; 8],
     /// XMM0 to XMM15.
     pub xmm: [u128; 16],
+    /// Upper halves of YMM0 to YMM15.
+    pub ymm_high: [u128; 16],
 }
 
 impl Default for FpuState {
-    /// The values after FNINIT and reset: every exception masked.
+    /// The initial configuration, which XRSTOR gives and FNINIT: every exception masked.
     fn default() -> Self {
         Self {
             fcw: 0x37f,
@@ -287,9 +303,10 @@ impl Default for FpuState {
             fop: 0,
             fip: 0,
             fdp: 0,
-            st: [0; 8],
             mxcsr: 0x1f80,
+            st: [0; 8],
             xmm: [0; 16],
+            ymm_high: [0; 16],
         }
     }
 }

@@ -1,5 +1,5 @@
 //! System instructions that are few of a kind: CPUID, the time stamp counter, HLT, hypercalls,
-//! cache and translation control, fences, XCR0, BOUND. The larger families have files of their own.
+//! cache and translation control, fences, BOUND. The larger families have files of their own.
 
 use crate::core_state::{Core, Pending};
 use crate::form::Form;
@@ -71,8 +71,6 @@ pub(crate) fn select(form: &Form) -> Option<Handler> {
             Mem::<Segmented>::read::<u8>(core, op)?;
             Ok(())
         },
-        (M::Xgetbv, ..) => xgetbv,
-        (M::Xsetbv, ..) => xsetbv,
         (M::Bound, ..) => match form.width {
             2 => bound::<u16>,
             _ => bound::<u32>,
@@ -207,32 +205,6 @@ fn invpcid(core: &mut Core, op: &Op) -> Result<(), Trap> {
         _ => core.flush_tlb(),
     }
     core.stop = true;
-    Ok(())
-}
-
-fn xgetbv(core: &mut Core, _op: &Op) -> Result<(), Trap> {
-    if core.cr4 & cr4::OSXSAVE == 0 {
-        return Err(core.invalid_opcode());
-    }
-    if core.reg::<u32>(RCX) != 0 {
-        return Err(core.general_protection(0));
-    }
-    let value = core.msrs.xcr0;
-    set_pair(core, value);
-    Ok(())
-}
-
-fn xsetbv(core: &mut Core, _op: &Op) -> Result<(), Trap> {
-    if core.cr4 & cr4::OSXSAVE == 0 {
-        return Err(core.invalid_opcode());
-    }
-    core.require_ring_0()?;
-    let value = pair(core);
-    // x87 state is always enabled, SSE state may be.
-    if core.reg::<u32>(RCX) != 0 || value & !3 != 0 || value & 1 == 0 {
-        return Err(core.general_protection(0));
-    }
-    core.msrs.xcr0 = value;
     Ok(())
 }
 

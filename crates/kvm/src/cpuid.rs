@@ -24,11 +24,8 @@ mod added {
     pub(super) const AMD_REPEATED: u32 = !(1 << 11 | 1 << 19 | 1 << 25 | 1 << 26);
 }
 
-/// Leaf 7, ECX: protection keys. The processor has them, but PKRU is not in what `KVM_GET_XSAVE`
-/// shows, so that a program could not move such a guest.
-const PROTECTION_KEYS: u32 = 1 << 3;
-/// The largest basic leaf: topology.
-const LARGEST_LEAF: u32 = 0xb;
+/// Topology.
+const TOPOLOGY: u32 = 0xb;
 
 /// What `KVM_GET_SUPPORTED_CPUID` answers: the processor's own table, with what belongs to the rest
 /// of a machine.
@@ -42,12 +39,10 @@ pub fn supported(kind: Kind) -> Vec<kvm_cpuid_entry2> {
     let common = find(&table, 1, 0).map_or(0, |leaf| leaf.edx) | added::LEAF_1_EDX;
     for leaf in &mut table {
         match leaf.function {
-            0 => leaf.eax = LARGEST_LEAF,
             1 => {
                 leaf.ecx |= added::LEAF_1_ECX;
                 leaf.edx = common;
             }
-            7 => leaf.ecx &= !PROTECTION_KEYS,
             0x8000_0000 if kind == Kind::Npt => {
                 (leaf.ebx, leaf.ecx, leaf.edx) = (vendor.ebx, vendor.ecx, vendor.edx);
             }
@@ -56,7 +51,7 @@ pub fn supported(kind: Kind) -> Vec<kvm_cpuid_entry2> {
         }
     }
     table.push(indexed(4, 0, 0, 0, 0, 0));
-    table.push(indexed(LARGEST_LEAF, 0, 0, 0, 0, 0));
+    table.push(indexed(TOPOLOGY, 0, 0, 0, 0, 0));
     let [kvm_b, kvm_c, kvm_d] = words(*b"KVMKVMKVM\0\0\0");
     table.push(entry(0x4000_0000, 0x4000_0001, kvm_b, kvm_c, kvm_d));
     // No paravirtual features: no kvmclock, no asynchronous page faults.
@@ -65,7 +60,20 @@ pub fn supported(kind: Kind) -> Vec<kvm_cpuid_entry2> {
     table
 }
 
-fn from_processor(leaf: &CpuidEntry) -> kvm_cpuid_entry2 {
+/// An entry of the program's table as the processor takes it.
+pub(crate) fn to_processor(entry: &kvm_cpuid_entry2) -> CpuidEntry {
+    CpuidEntry {
+        leaf: entry.function,
+        subleaf: entry.index,
+        has_subleaf: entry.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0,
+        eax: entry.eax,
+        ebx: entry.ebx,
+        ecx: entry.ecx,
+        edx: entry.edx,
+    }
+}
+
+pub(crate) fn from_processor(leaf: &CpuidEntry) -> kvm_cpuid_entry2 {
     let plain = entry(leaf.leaf, leaf.eax, leaf.ebx, leaf.ecx, leaf.edx);
     if leaf.has_subleaf {
         kvm_cpuid_entry2 {
@@ -156,14 +164,15 @@ mod tests {
             assert!(
                 table
                     .windows(2)
-                    .all(|pair| pair[0].function < pair[1].function)
+                    .all(|pair| (pair[0].function, pair[0].index)
+                        < (pair[1].function, pair[1].index))
             );
             let own = |number| own.iter().find(|leaf| leaf.leaf == number).unwrap();
             let leaf = |number| find(&table, number, 0).unwrap();
             assert_eq!(leaf(1).ecx & !own(1).ecx, added::LEAF_1_ECX);
             assert_eq!(leaf(1).edx & !own(1).edx, added::LEAF_1_EDX);
             assert_eq!(leaf(7).ebx, own(7).ebx);
-            assert_eq!(own(7).ecx & !leaf(7).ecx, PROTECTION_KEYS);
+            assert_eq!(leaf(7).ecx, own(7).ecx);
             assert_eq!(leaf(0x8000_0001).ecx, own(0x8000_0001).ecx);
         }
     }

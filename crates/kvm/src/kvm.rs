@@ -41,6 +41,11 @@ impl Kvm {
         cpuid::supported(Kind::from_environment())
     }
 
+    /// `KVM_GET_DEVICE_ATTR` of `KVM_X86_XCOMP_GUEST_SUPP`: the bits of XCR0 that a guest may set.
+    pub fn guest_components(self) -> u64 {
+        twofold_cpu::xsave::components()
+    }
+
     /// `KVM_GET_EMULATED_CPUID`
     pub fn emulated_cpuid(self) -> Vec<kvm_cpuid_entry2> {
         cpuid::emulated()

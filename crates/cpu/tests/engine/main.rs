@@ -12,3 +12,4 @@ mod sub_pages;
 mod support;
 mod trust_domain;
 mod virtualization_exceptions;
+mod xsave;

@@ -1,11 +1,16 @@
 //! Bytes that may encode a form.
 
 use crate::rng::Rng;
-use iced_x86::{MandatoryPrefix, OpCodeInfo, OpCodeTableKind};
+use iced_x86::{EncodingKind, MandatoryPrefix, OpCodeInfo, OpCodeTableKind};
 
 /// Bytes that may encode a form: an opcode with random company.
 pub fn encode(op: &OpCodeInfo, bitness: u32, rng: &mut Rng) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(24);
+    if op.encoding() == EncodingKind::VEX {
+        encode_vex(op, bitness, rng, &mut bytes);
+        finish(op, rng, &mut bytes);
+        return bytes;
+    }
     let op16 = op.operand_size() == 16;
     if op.mandatory_prefix() == MandatoryPrefix::P66 || op16 || rng.chance(3) {
         bytes.push(0x66);
@@ -61,6 +66,62 @@ pub fn encode(op: &OpCodeInfo, bitness: u32, rng: &mut Rng) -> Vec<u8> {
         )
     });
     bytes.push(opcode as u8 | if in_opcode { rng.below(8) as u8 } else { 0 });
+    finish(op, rng, &mut bytes);
+    bytes
+}
+
+/// Prefixes that may stand before VEX, VEX itself and the opcode.
+fn encode_vex(op: &OpCodeInfo, bitness: u32, rng: &mut Rng, bytes: &mut Vec<u8>) {
+    if bitness == 64 && rng.chance(8) {
+        bytes.push(0x67);
+    }
+    if rng.chance(10) {
+        bytes.push(rng.pick(&[0x65, 0x65, 0x2e, 0x36, 0x3e, 0x26]));
+    }
+    let prefix = match op.mandatory_prefix() {
+        MandatoryPrefix::P66 => 1,
+        MandatoryPrefix::PF3 => 2,
+        MandatoryPrefix::PF2 => 3,
+        _ => 0,
+    };
+    let map = match op.table() {
+        OpCodeTableKind::T0F => 1,
+        OpCodeTableKind::T0F38 => 2,
+        _ => 3,
+    };
+    let wide = match op.is_wig() {
+        true => rng.next() as u8 & 1,
+        false => op.w() as u8,
+    };
+    let long = match op.is_lig() {
+        true => rng.next() as u8 & 1,
+        false => op.l() as u8,
+    };
+    // Without a second source the field must be all ones; that there is one shows in the decoder's
+    // answer.
+    let source = if rng.chance(50) {
+        15
+    } else {
+        rng.next() as u8 & 15
+    };
+    // The registers' upper bits, inverted. In 32-bit code these are the mode bits of LES and LDS.
+    let extend = if bitness == 64 {
+        rng.next() as u8 & 7
+    } else {
+        7
+    };
+    let source = if bitness == 64 { source } else { source | 8 };
+    let last = source << 3 | long << 2 | prefix;
+    if map == 1 && wide == 0 && rng.chance(50) {
+        bytes.extend([0xc5, extend << 5 & 0x80 | last]);
+    } else {
+        bytes.extend([0xc4, extend << 5 | map, wide << 7 | last]);
+    }
+    bytes.push(op.op_code() as u8);
+}
+
+/// ModRM and what follows.
+fn finish(op: &OpCodeInfo, rng: &mut Rng, bytes: &mut Vec<u8>) {
     let mut modrm = rng.next() as u8;
     if rng.chance(35) {
         modrm |= 0xc0;
@@ -76,5 +137,4 @@ pub fn encode(op: &OpCodeInfo, bitness: u32, rng: &mut Rng) -> Vec<u8> {
         bytes.extend((rng.integer() as u32).to_le_bytes());
     }
     bytes.truncate(15);
-    bytes
 }

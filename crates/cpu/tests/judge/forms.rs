@@ -9,8 +9,8 @@ use crate::native::plain_registers;
 use crate::rng::Rng;
 use crate::state::{CODE, CODE_BYTES, Case, DATA, DATA_BYTES, GS_BASE, NOWHERE, RSP, flag};
 use iced_x86::{
-    Code, Decoder, DecoderOptions, EncodingKind, FlowControl, Instruction, InstructionInfoFactory,
-    Mnemonic, OpCodeInfo, OpKind, Register, UsedMemory,
+    Code, CpuidFeature, Decoder, DecoderOptions, EncodingKind, FlowControl, Instruction,
+    InstructionInfoFactory, Mnemonic, OpCodeInfo, OpKind, Register, UsedMemory,
 };
 
 /// Makes cases.
@@ -30,7 +30,9 @@ impl Generator {
     /// Whether a form exists in this mode and has an encoding that is generated.
     pub fn knows(&self, op: &OpCodeInfo) -> bool {
         op.is_instruction()
-            && op.encoding() == EncodingKind::Legacy
+            && matches!(op.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
+            // A processor that never was one's main processor, with encodings of its own.
+            && !op.code().cpuid_features().contains(&CpuidFeature::KNC)
             && op.is_available_in_mode(self.bitness)
             && if self.bitness == 64 {
                 op.long_mode()
@@ -68,6 +70,11 @@ impl Generator {
             } else {
                 rng.integers()
             }
+        });
+        registers.ymm_high = std::array::from_fn(|_| match rng.below(4) {
+            0 => 0,
+            _ if floating => rng.floats(),
+            _ => rng.integers(),
         });
         if floating && rng.chance(30) {
             // Rounding, DAZ and FTZ; the sticky flags; now and then an unmasked exception.
@@ -168,6 +175,11 @@ impl Generator {
                     _ => rng.below(0x7000).wrapping_sub(0x3800),
                 };
             }
+            // Others the host may have and Twofold not.
+            M::Xrstor | M::Xrstor64 => {
+                gpr[0] &= area::COMPONENTS;
+                gpr[2] = 0;
+            }
             M::Cmpxchg if instruction.op0_kind() == OpKind::Register && rng.chance(50) => {
                 gpr[instruction.op0_register().full_register().number()] = gpr[0];
             }
@@ -183,14 +195,23 @@ impl Generator {
         floating: bool,
         rng: &mut Rng,
     ) {
+        if instruction.is_vsib() {
+            self.place_elements(case, instruction, rng);
+            return;
+        }
+        let restores = is_restore(instruction);
         let used: Vec<UsedMemory> = self.info.info(instruction).used_memory().to_vec();
         let mut fixed: Vec<Register> = Vec::new();
         for memory in used {
             let size = match memory.memory_size().size() as u64 {
+                _ if restores => area::BYTES,
                 0 => 16,
                 size => size,
             };
-            let target = self.target(instruction, size, rng);
+            let mut target = self.target(instruction, size, rng);
+            if restores {
+                target = place_area(target, rng);
+            }
             let wide = memory.address_size() == iced_x86::CodeSize::Code64;
             let mask = if wide { u64::MAX } else { 0xffff_ffff };
             let segment = match memory.segment() {
@@ -233,13 +254,60 @@ impl Generator {
                     }
                 }
             }
-            self.fill_memory(case, instruction, target, size, floating, rng);
+            if restores {
+                fill_area(case, target, rng);
+            } else {
+                self.fill_memory(case, instruction, target, size, floating, rng);
+            }
         }
         // Registers that are operands and addresses at once were chosen above.
         if instruction.mnemonic() == Mnemonic::Enter {
             case.registers.gpr[5] = DATA + 0x1000 + rng.below(0x80) * 8;
             case.registers.gpr[RSP] = DATA + 0x1000 + rng.below(0x80) * 8;
         }
+    }
+
+    /// Makes each element of a gather point where it should, and some of them be wanted.
+    fn place_elements(&mut self, case: &mut Case, instruction: &mut Instruction, rng: &mut Rng) {
+        let memory = self.info.info(instruction).used_memory().to_vec();
+        let Some(memory) = memory.first() else { return };
+        let scale = u64::from(memory.scale());
+        let segment = if memory.segment() == Register::GS {
+            GS_BASE
+        } else {
+            0
+        };
+        let middle = (DATA + 0x1000).wrapping_sub(segment);
+        let base = memory.base();
+        if base == Register::None {
+            self.aim_displacement(case, instruction, memory, middle, rng);
+        } else {
+            let value = middle.wrapping_sub(memory.displacement());
+            case.registers.gpr[base.full_register().number()] = value;
+        }
+        let index = instruction.memory_index().number();
+        let narrow = instruction.is_vsib32();
+        let mut lanes = [case.registers.xmm[index], case.registers.ymm_high[index]];
+        let (bits, count) = if narrow { (32, 8) } else { (64, 4) };
+        for i in 0..count {
+            let offset = match rng.below(100) {
+                0..=3 => 0x1000 - rng.below(8),
+                4 | 5 => NOWHERE - DATA,
+                _ => rng.below(0xff0),
+            };
+            let away = if rng.chance(50) {
+                offset
+            } else {
+                offset.wrapping_neg()
+            };
+            let element = (away as i64 / scale as i64) as u64 & (u64::MAX >> (64 - bits));
+            let value = u128::from(element);
+            let at = i * bits;
+            let lane = &mut lanes[at as usize / 128];
+            *lane =
+                *lane & !(u128::from(u64::MAX >> (64 - bits)) << (at & 127)) | value << (at & 127);
+        }
+        (case.registers.xmm[index], case.registers.ymm_high[index]) = (lanes[0], lanes[1]);
     }
 
     /// Where a memory operand of `size` bytes should lie.
@@ -270,7 +338,7 @@ impl Generator {
         rng: &mut Rng,
     ) {
         let index = memory.index();
-        let scaled = if index == Register::None {
+        let scaled = if index == Register::None || index.is_vector_register() {
             0
         } else {
             let value = rng.below(0x1000);
@@ -328,11 +396,19 @@ impl Generator {
             // TF, NT, AC and ID would outlive the case in the host's process.
             value &= u128::from(flag::ARITHMETIC | flag::DF | 0x7202 & !0x4000);
         }
-        if instruction.mnemonic() == M::Ldmxcsr {
+        if matches!(instruction.mnemonic(), M::Ldmxcsr | M::Vldmxcsr) {
             // AMD has one more bit than Intel, bit 17.
             value &= if rng.chance(80) { 0xffff } else { !(1 << 17) };
         }
+        let upper = if floating {
+            rng.floats()
+        } else {
+            rng.integers()
+        };
         patch(case, target, &value.to_le_bytes()[..size.min(16) as usize]);
+        if size == 32 {
+            patch(case, target.wrapping_add(16), &upper.to_le_bytes());
+        }
     }
 
     /// Makes branches lead to code, but never into the instruction's own bytes.
@@ -411,6 +487,74 @@ impl Generator {
     }
 }
 
+/// The area that XRSTOR reads.
+mod area {
+    pub const MXCSR: u64 = 24;
+    pub const HEADER: u64 = 512;
+    /// With the AVX component.
+    pub const BYTES: u64 = 832;
+    /// With all that a host may have.
+    pub const ROOM: u64 = 0xb00;
+    /// x87, SSE and AVX: what both sides have enabled.
+    pub const COMPONENTS: u64 = 7;
+    pub const COMPACTED: u64 = 1 << 63;
+}
+
+fn is_restore(instruction: &Instruction) -> bool {
+    matches!(
+        instruction.mnemonic(),
+        Mnemonic::Xrstor | Mnemonic::Xrstor64
+    )
+}
+
+/// Where an area lies if an operand would lie at `target`: on a boundary of 64 bytes, and either in
+/// memory or not. In an area that ends outside memory, processors touch what they like first.
+fn place_area(target: u64, rng: &mut Rng) -> u64 {
+    let aligned = if rng.chance(97) { target & !63 } else { target };
+    let last = DATA + DATA_BYTES as u64 - area::ROOM;
+    if (DATA..DATA + DATA_BYTES as u64).contains(&aligned) {
+        aligned.min(last)
+    } else if aligned.wrapping_add(area::ROOM) > DATA && aligned < DATA {
+        DATA
+    } else {
+        aligned
+    }
+}
+
+/// Makes an area to restore from, with a header that is nearly always valid. What the x87 part has
+/// in its reserved fields vendors do not agree on, nor on pending exceptions.
+fn fill_area(case: &mut Case, target: u64, rng: &mut Rng) {
+    let x87 = 0x37f | (rng.next() & 0x7f00) << 16 | (rng.next() & 0xff) << 32;
+    patch(case, target, &x87.to_le_bytes());
+    patch(case, target.wrapping_add(8), &[0; 16]);
+    let mut mxcsr = rng.next() as u32 & 0xffff;
+    if rng.chance(3) {
+        mxcsr |= 1 << 16;
+    }
+    patch(case, target.wrapping_add(area::MXCSR), &mxcsr.to_le_bytes());
+    let mut layout = 0;
+    let mut present = rng.next() & area::COMPONENTS;
+    if rng.chance(40) {
+        layout = area::COMPACTED | present | rng.next() & area::COMPONENTS;
+    }
+    if rng.chance(3) {
+        // A bit of no component that a host may have, or the format.
+        layout ^= 1 << (20 + rng.below(44));
+    }
+    if rng.chance(3) {
+        present ^= 1 << 62;
+    }
+    let mut header = [0; 8];
+    (header[0], header[1]) = (present, layout);
+    if rng.chance(6) {
+        header[2 + rng.below(6) as usize] = 1 << rng.below(64);
+    }
+    for (at, word) in (0..).step_by(8).zip(header) {
+        let place = target.wrapping_add(area::HEADER + at);
+        patch(case, place, &word.to_le_bytes());
+    }
+}
+
 /// Puts bytes over the data's pattern, as far as they lie in it.
 fn patch(case: &mut Case, address: u64, bytes: &[u8]) {
     for (i, byte) in bytes.iter().enumerate() {
@@ -479,13 +623,14 @@ fn is_32bit_count(instruction: &Instruction) -> bool {
 /// Whether an instruction's vector operands are floating-point numbers.
 fn is_floating(instruction: &Instruction) -> bool {
     let text = format!("{:?}", instruction.mnemonic()).to_lowercase();
+    let text = text.strip_prefix('v').unwrap_or(&text);
     let integer = text.starts_with('p') || text.starts_with("mov");
     let ends = ["ss", "sd", "ps", "pd"]
         .iter()
         .any(|end| text.ends_with(end));
     !integer && (ends || text.starts_with("cvt"))
         || matches!(
-            text.as_str(),
+            text,
             "movss" | "movsd" | "movddup" | "movshdup" | "movsldup"
         )
 }

@@ -52,6 +52,10 @@ impl Guest {
             next_table: PAGE_TABLES_GPA,
         };
         guest.build_kernel();
+        // x87, SSE and AVX state are enabled.
+        let mut msrs = guest.cpu.msrs();
+        msrs.xcr0 = guest.cpu.xcr0_allowed() & 7;
+        guest.cpu.set_msrs(&msrs);
         guest
     }
 
@@ -197,6 +201,7 @@ impl Guest {
             st: before.st,
             mxcsr: before.mxcsr,
             xmm: before.xmm,
+            ymm_high: before.ymm_high,
             ..FpuState::default()
         });
         match self.cpu.run() {
@@ -220,6 +225,7 @@ impl Guest {
                 rip: self.arena.read_u64(top - 40),
                 rflags: self.arena.read_u64(top - 24),
                 xmm: fpu.xmm,
+                ymm_high: fpu.ymm_high,
                 mxcsr: fpu.mxcsr,
                 st: fpu.st,
                 fcw: fpu.fcw,

@@ -311,7 +311,7 @@ fn a_difference_in_anything_that_is_compared_is_seen() {
         verdict::compare(&case, &instruction, &right, ours, (&memory, ours_memory))
     };
     assert_eq!(verdict(&right, &memory), None);
-    let changes: [fn(&mut Outcome); 12] = [
+    let changes: [fn(&mut Outcome); 13] = [
         |o| o.vector = 13,
         |o| o.error = 1,
         |o| o.address = 1,
@@ -319,6 +319,7 @@ fn a_difference_in_anything_that_is_compared_is_seen() {
         |o| o.registers.gpr[15] ^= 1 << 63,
         |o| o.registers.rflags ^= state::flag::AF,
         |o| o.registers.xmm[15] ^= 1,
+        |o| o.registers.ymm_high[15] ^= 1,
         |o| o.registers.mxcsr ^= 1,
         |o| o.registers.st[7] ^= 1,
         |o| o.registers.fcw ^= 1,

@@ -26,6 +26,7 @@ const EXTENDED: usize = 8192;
 struct Shared {
     request: Registers,
     selector: u16,
+    has_avx: bool,
     outcome: Outcome,
     saved: [i64; 23],
     saved_extended: [u8; EXTENDED],
@@ -67,6 +68,7 @@ pub fn plain_registers() -> Registers {
         rip: CODE,
         rflags: 2,
         xmm: [0; 16],
+        ymm_high: [0; 16],
         mxcsr: 0x1f80,
         st: [0; 8],
         fcw: 0x37f,
@@ -110,6 +112,7 @@ impl Native {
             *SHARED.0.get() = Some(Shared {
                 request: plain_registers(),
                 selector: 0x33,
+                has_avx: is_x86_feature_detected!("avx"),
                 outcome: Outcome {
                     registers: plain_registers(),
                     vector: 0,
@@ -210,6 +213,10 @@ mod image {
     pub const MAGIC: usize = 464;
     pub const XSTATE_SIZE: usize = 480;
     pub const XSTATE_BV: usize = 512;
+    /// Upper halves of the YMM registers.
+    pub const AVX: usize = 576;
+    /// XSTATE_BV of them.
+    pub const HAS_AVX: u64 = 4;
 }
 
 extern "C" fn on_signal(signal: libc::c_int, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
@@ -263,9 +270,16 @@ extern "C" fn on_signal(signal: libc::c_int, _: *mut libc::siginfo_t, context: *
                     .cast::<[u128; 16]>()
                     .write_unaligned(request.xmm);
                 if has_more {
-                    // x87 and SSE are not in their initial state.
+                    // x87, SSE and AVX are not in their initial state.
                     let present = extended.add(image::XSTATE_BV).cast::<u64>();
-                    present.write(present.read() | 3);
+                    let avx = if shared.has_avx { image::HAS_AVX } else { 0 };
+                    present.write(present.read() | 3 | avx);
+                    if shared.has_avx {
+                        extended
+                            .add(image::AVX)
+                            .cast::<[u128; 16]>()
+                            .write_unaligned(request.ymm_high);
+                    }
                 }
                 PHASE.store(RUNNING, Ordering::SeqCst);
             }
@@ -286,6 +300,16 @@ extern "C" fn on_signal(signal: libc::c_int, _: *mut libc::siginfo_t, context: *
                     .add(image::XMM)
                     .cast::<[u128; 16]>()
                     .read_unaligned();
+                // A component in its initial state may not be in the image.
+                let present = extended.add(image::XSTATE_BV).cast::<u64>().read();
+                registers.ymm_high = if shared.has_avx && present & image::HAS_AVX != 0 {
+                    extended
+                        .add(image::AVX)
+                        .cast::<[u128; 16]>()
+                        .read_unaligned()
+                } else {
+                    [0; 16]
+                };
                 outcome.vector = gregs[libc::REG_TRAPNO as usize] as u8;
                 outcome.error = 0;
                 outcome.address = 0;

@@ -176,6 +176,9 @@ fn may_be_plain(code: Code) -> bool {
                 | M::Cli
                 | M::Sti
                 | M::Pause
+                // The guest's system has no protection keys.
+                | M::Rdpkru
+                | M::Wrpkru
         )
 }
 

@@ -38,6 +38,8 @@ pub struct Registers {
     pub rip: u64,
     pub rflags: u64,
     pub xmm: [u128; 16],
+    /// Upper halves of the YMM registers.
+    pub ymm_high: [u128; 16],
     pub mxcsr: u32,
     /// ST0 to ST7 (80 bits each).
     pub st: [u128; 8],

@@ -5,6 +5,8 @@ use super::{Reply, tables, unknown};
 use crate::descriptor;
 use crate::kvm::Kvm;
 use crate::object::Object;
+use crate::usercopy::{read, write};
+use kvm_bindings::{KVM_X86_XCOMP_GUEST_SUPP, kvm_device_attr};
 use rustix::io::Errno;
 
 pub(super) fn ioctl(request: u64, argument: usize) -> Reply {
@@ -21,8 +23,22 @@ pub(super) fn ioctl(request: u64, argument: usize) -> Reply {
             tables::write_msr_list(argument, Kvm.msr_feature_index_list())
         }
         KVM_GET_MSRS => tables::get_msrs(argument, |entries| Kvm.get_msrs(entries)),
+        KVM_HAS_DEVICE_ATTR | KVM_GET_DEVICE_ATTR => attribute(request, argument),
         _ => Err(unknown("/dev/kvm", request)),
     }
+}
+
+/// The only attribute of the system: the state components that a guest may have. `ENXIO` for
+/// others.
+fn attribute(request: u64, argument: usize) -> Reply {
+    let attribute: kvm_device_attr = read(argument)?;
+    if attribute.group != 0 || attribute.attr != u64::from(KVM_X86_XCOMP_GUEST_SUPP) {
+        return Err(Errno::NXIO);
+    }
+    if request == KVM_GET_DEVICE_ATTR {
+        write(attribute.addr as usize, &Kvm.guest_components())?;
+    }
+    Ok(0)
 }
 
 fn create_vm(kind: usize) -> Reply {

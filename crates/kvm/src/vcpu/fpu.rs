@@ -1,14 +1,14 @@
-//! x87 and SSE state: `KVM_GET_FPU`, `KVM_GET_XSAVE`, `KVM_GET_XCRS` and their opposites.
+//! x87, SSE and AVX state and PKRU: `KVM_GET_FPU`, `KVM_GET_XSAVE`, `KVM_GET_XCRS` and their opposites.
 
 use super::VcpuState;
 use kvm_bindings::{kvm_fpu, kvm_xcr, kvm_xcrs};
 use rustix::io::Errno;
 use twofold_cpu::FpuState;
+use twofold_cpu::state::xcr0;
+use twofold_cpu::xsave;
 
 /// Words in `struct kvm_xsave`: 4096 bytes.
 pub(crate) const XSAVE_WORDS: usize = 1024;
-/// State components that the processor has: x87 and SSE.
-const COMPONENTS: u64 = 3;
 /// Bits of MXCSR that exist.
 const MXCSR_MASK: u32 = 0xffff;
 
@@ -56,10 +56,12 @@ impl VcpuState {
             st: fpu.fpr.map(u128::from_le_bytes),
             mxcsr: fpu.mxcsr,
             xmm: fpu.xmm.map(u128::from_le_bytes),
+            ..self.cpu.fpu()
         });
     }
 
-    /// `KVM_GET_XSAVE`: an XSAVE area in the standard format.
+    /// `KVM_GET_XSAVE` and `KVM_GET_XSAVE2`: an XSAVE area in the standard format, with every component
+    /// that the guest may have.
     pub(super) fn xsave(&self) -> [u32; XSAVE_WORDS] {
         let fpu = self.cpu.fpu();
         let mut area = [0_u8; XSAVE_WORDS * 4];
@@ -78,7 +80,16 @@ impl VcpuState {
         for (index, value) in fpu.xmm.iter().enumerate() {
             put(offset::XMM + 16 * index, &value.to_le_bytes());
         }
-        put(offset::XSTATE_BV, &COMPONENTS.to_le_bytes());
+        let components = self.cpu.xcr0_allowed() | xcr0::X87 | xcr0::SSE;
+        if components & xcr0::AVX != 0 {
+            for (index, value) in fpu.ymm_high.iter().enumerate() {
+                put(avx_offset() + 16 * index, &value.to_le_bytes());
+            }
+        }
+        if components & xcr0::PKRU != 0 {
+            put(pkru_offset(), &self.cpu.msrs().pkru.to_le_bytes());
+        }
+        put(offset::XSTATE_BV, &components.to_le_bytes());
         let mut words = [0; XSAVE_WORDS];
         for (word, bytes) in words.iter_mut().zip(area.as_chunks::<4>().0) {
             *word = u32::from_le_bytes(*bytes);
@@ -87,22 +98,27 @@ impl VcpuState {
     }
 
     /// `KVM_SET_XSAVE`: `EINVAL` for components that the processor does not have, for anything in
-    /// the reserved part of the header, and for reserved bits of MXCSR.
+    /// the reserved part of the header, and for reserved bits of MXCSR. Components that are not in
+    /// the area get their initial configuration, but for PKRU, which is left alone.
     pub(super) fn set_xsave(&mut self, words: &[u32; XSAVE_WORDS]) -> Result<(), Errno> {
         let mut area = [0_u8; XSAVE_WORDS * 4];
         for (bytes, word) in area.as_chunks_mut::<4>().0.iter_mut().zip(words) {
             *bytes = word.to_le_bytes();
         }
         let present = u64::from_le_bytes(part(&area, offset::XSTATE_BV));
-        if present & !COMPONENTS != 0 || area[offset::HEADER_REST].iter().any(|byte| *byte != 0) {
+        if present & !xsave::components() != 0 || area[offset::HEADER_REST].iter().any(|byte| *byte != 0) {
             return Err(Errno::INVAL);
         }
         let mxcsr = u32::from_le_bytes(part(&area, offset::MXCSR));
-        if mxcsr & !MXCSR_MASK != 0 {
+        let with_mxcsr = present & (xcr0::X87 | xcr0::SSE | xcr0::AVX) != 0;
+        if with_mxcsr && mxcsr & !MXCSR_MASK != 0 {
             return Err(Errno::INVAL);
         }
         let mut fpu = FpuState::default();
-        if present & 1 != 0 {
+        if with_mxcsr {
+            fpu.mxcsr = mxcsr;
+        }
+        if present & xcr0::X87 != 0 {
             fpu.fcw = u16::from_le_bytes(part(&area, 0));
             fpu.fsw = u16::from_le_bytes(part(&area, 2));
             fpu.ftw = area[4];
@@ -113,13 +129,22 @@ impl VcpuState {
                 *value = u128::from_le_bytes(part(&area, offset::ST + 16 * index));
             }
         }
-        if present & 2 != 0 {
-            fpu.mxcsr = mxcsr;
+        if present & xcr0::SSE != 0 {
             for (index, value) in fpu.xmm.iter_mut().enumerate() {
                 *value = u128::from_le_bytes(part(&area, offset::XMM + 16 * index));
             }
         }
+        if present & xcr0::AVX != 0 {
+            for (index, value) in fpu.ymm_high.iter_mut().enumerate() {
+                *value = u128::from_le_bytes(part(&area, avx_offset() + 16 * index));
+            }
+        }
         self.cpu.set_fpu(&fpu);
+        if present & xcr0::PKRU != 0 {
+            let mut msrs = self.cpu.msrs();
+            msrs.pkru = u32::from_le_bytes(part(&area, pkru_offset()));
+            self.cpu.set_msrs(&msrs);
+        }
         Ok(())
     }
 
@@ -146,7 +171,7 @@ impl VcpuState {
         }
         // Registers other than XCR0 are ignored, and so is a second value for it.
         if let Some(register) = xcrs.xcrs[..count].iter().find(|register| register.xcr == 0) {
-            if register.value & 1 == 0 || register.value & !COMPONENTS != 0 {
+            if !self.cpu.may_hold_xcr0(register.value) {
                 return Err(Errno::INVAL);
             }
             let mut msrs = self.cpu.msrs();
@@ -155,6 +180,14 @@ impl VcpuState {
         }
         Ok(())
     }
+}
+
+fn avx_offset() -> usize {
+    xsave::AVX_PLACE.offset as usize
+}
+
+fn pkru_offset() -> usize {
+    xsave::pkru_place().offset as usize
 }
 
 fn part<const N: usize>(area: &[u8], at: usize) -> [u8; N] {

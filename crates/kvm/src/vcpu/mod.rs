@@ -35,7 +35,7 @@ use crate::vm::Vm;
 use crate::{cpuid, tsc, usercopy};
 use exit::Answer;
 use kvm_bindings::{
-    KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED,
+    KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED,
     kvm_cpuid_entry2, kvm_debugregs, kvm_fpu, kvm_guest_debug, kvm_lapic_state, kvm_mp_state,
     kvm_msr_entry, kvm_regs, kvm_sregs, kvm_sregs2, kvm_translation, kvm_vcpu_events, kvm_xcrs,
 };
@@ -98,6 +98,22 @@ pub(crate) struct VcpuState {
     tsc_khz: u32,
     /// Where host memory vanished last, and how many instructions had been executed then.
     last_host_fault: Option<(u64, u64)>,
+}
+
+impl VcpuState {
+    /// A CPUID table with the parts that follow CR4 and XCR0 as they are now.
+    fn current_cpuid(&self, table: &[kvm_cpuid_entry2]) -> Vec<kvm_cpuid_entry2> {
+        let current = |entry| cpuid::from_processor(&self.cpu.current_cpuid(cpuid::to_processor(entry)));
+        table
+            .iter()
+            .map(|entry| kvm_cpuid_entry2 {
+                flags: entry.flags,
+                index: entry.index,
+                padding: entry.padding,
+                ..current(entry)
+            })
+            .collect()
+    }
 }
 
 impl VcpuCore {
@@ -166,16 +182,7 @@ impl VcpuCore {
 
 /// A CPUID table as the processor takes it.
 fn processor_table(table: &[kvm_cpuid_entry2]) -> Vec<CpuidEntry> {
-    let entry = |entry: &kvm_cpuid_entry2| CpuidEntry {
-        leaf: entry.function,
-        subleaf: entry.index,
-        has_subleaf: entry.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0,
-        eax: entry.eax,
-        ebx: entry.ebx,
-        ecx: entry.ecx,
-        edx: entry.edx,
-    };
-    table.iter().map(entry).collect()
+    table.iter().map(cpuid::to_processor).collect()
 }
 
 /// A virtual processor: what a vCPU descriptor refers to. Clones refer to the same vCPU, and keep
@@ -375,7 +382,8 @@ impl Vcpu {
             return self.set_td_cpuid(table);
         }
         let mut state = self.state();
-        if state.has_run && state.cpuid != table || !cpuid::is_possible(table) {
+        let differs = || state.current_cpuid(&state.cpuid) != state.current_cpuid(table);
+        if state.has_run && differs() || !cpuid::is_possible(table) {
             return Err(Errno::INVAL);
         }
         self.vm.offer_nesting(&self.core, cpuid::is_nested(table))?;
@@ -387,9 +395,11 @@ impl Vcpu {
         Ok(())
     }
 
-    /// `KVM_GET_CPUID2`
+    /// `KVM_GET_CPUID2`: the table, with the parts that follow CR4 and XCR0 as the guest sees them
+    /// now.
     pub fn get_cpuid2(&self) -> Vec<kvm_cpuid_entry2> {
-        self.state().cpuid.clone()
+        let state = self.state();
+        state.current_cpuid(&state.cpuid)
     }
 
     /// `KVM_GET_MSRS`: fills in the values up to the first register that the vCPU does not have.

@@ -204,13 +204,7 @@ impl VcpuState {
     /// gets one, as with KVM.
     fn cr4_offered(&self) -> u64 {
         // The legacy extensions are in every processor that KVM knows.
-        let processor = self.cpu.cr4_allowed() | cr4::VME | cr4::PVI;
-        if self.cpuid.is_empty() {
-            // What `KVM_GET_SUPPORTED_CPUID` keeps back.
-            processor & !cr4::PKE
-        } else {
-            processor
-        }
+        self.cpu.cr4_allowed() | cr4::VME | cr4::PVI
     }
 }
 

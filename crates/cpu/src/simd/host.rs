@@ -16,36 +16,52 @@
 #![expect(unsafe_code)]
 // UNSAFETY: instructions that the compiler must not replace, move or fold are inline assembly.
 
-use super::precision::Step;
 use bytemuck::must_cast;
 use core::arch::asm;
 use core::arch::x86_64::__m128i;
 
-/// Functions of destination and source whose result depends on nothing else.
-macro_rules! integer {
-    ($($name:ident)*) => { $(
+/// What the compiler may assume of instructions whose result depends on nothing but their operands.
+macro_rules! pure {
+    ($macro:ident! $($rest:tt)*) => { $macro! { (pure, nomem, nostack, preserves_flags) $($rest)* } };
+}
+
+/// What it may assume of those that obey MXCSR and set its flags.
+macro_rules! under_mxcsr {
+    ($macro:ident! $($rest:tt)*) => { $macro! { (nomem, nostack, preserves_flags) $($rest)* } };
+}
+
+/// Functions of destination and source.
+macro_rules! two_operands {
+    ($options:tt $($name:ident)*) => { $(
+        two_operands! { @ $options $name concat!(stringify!($name), " {0}, {1}") }
+    )* };
+    ($options:tt $($name:ident = $template:literal;)*) => { $(
+        two_operands! { @ $options $name $template }
+    )* };
+    (@ ($($option:ident),*) $name:ident $template:expr) => {
         #[inline(always)]
         pub(super) fn $name(a: u128, b: u128) -> u128 {
             let mut a: __m128i = must_cast(a);
             let b: __m128i = must_cast(b);
-            // SAFETY: changes one vector register that the compiler chose. If the host lacked the
-            // instruction it would raise SIGILL; the handlers that get here were selected after
-            // its CPUID was asked.
+            // SAFETY: changes one vector register that the compiler chose, and at most MXCSR's
+            // flags. If the host lacked the instruction it would raise SIGILL; the handlers that
+            // get here were selected after its CPUID was asked.
             unsafe {
                 asm!(
-                    concat!(stringify!($name), " {0}, {1}"),
+                    $template,
                     inout(xmm_reg) a, in(xmm_reg) b,
-                    options(pure, nomem, nostack, preserves_flags)
+                    options($($option),*)
                 );
             }
             must_cast(a)
         }
-    )* };
+    };
 }
 
-/// Functions of the source alone whose result depends on nothing else.
-macro_rules! integer_unary {
-    ($($name:ident)*) => { $(
+/// Functions of the source alone.
+macro_rules! one_operand {
+    ($options:tt $($name:ident)*) => { $( one_operand! { @ $options $name } )* };
+    (@ ($($option:ident),*) $name:ident) => {
         #[inline(always)]
         pub(super) fn $name(b: u128) -> u128 {
             let a: __m128i;
@@ -55,59 +71,42 @@ macro_rules! integer_unary {
                 asm!(
                     concat!(stringify!($name), " {0}, {1}"),
                     lateout(xmm_reg) a, in(xmm_reg) b,
-                    options(pure, nomem, nostack, preserves_flags)
+                    options($($option),*)
                 );
             }
             must_cast(a)
         }
-    )* };
+    };
 }
 
-/// Functions of destination and source that obey MXCSR and set its flags.
-macro_rules! float {
-    ($($name:ident)*) => { $(
+/// Functions of three operands, of which the first is the destination.
+macro_rules! three_operands {
+    ($options:tt $($name:ident)*) => { $( three_operands! { @ $options $name } )* };
+    (@ ($($option:ident),*) $name:ident) => {
         #[inline(always)]
-        pub(super) fn $name(a: u128, b: u128) -> u128 {
+        pub(super) fn $name(a: u128, b: u128, c: u128) -> u128 {
             let mut a: __m128i = must_cast(a);
-            let b: __m128i = must_cast(b);
-            // SAFETY: changes one vector register that the compiler chose, and MXCSR's flags. For
-            // instructions later than SSE2, as for the integer ones.
-            unsafe {
-                asm!(
-                    concat!(stringify!($name), " {0}, {1}"),
-                    inout(xmm_reg) a, in(xmm_reg) b,
-                    options(nomem, nostack, preserves_flags)
-                );
-            }
-            must_cast(a)
-        }
-    )* };
-}
-
-/// Functions of the source alone that obey MXCSR and set its flags.
-macro_rules! float_unary {
-    ($($name:ident)*) => { $(
-        #[inline(always)]
-        pub(super) fn $name(b: u128) -> u128 {
-            let a: __m128i;
-            let b: __m128i = must_cast(b);
+            let (b, c): (__m128i, __m128i) = (must_cast(b), must_cast(c));
             // SAFETY: as for the functions of two operands.
             unsafe {
                 asm!(
-                    concat!(stringify!($name), " {0}, {1}"),
-                    lateout(xmm_reg) a, in(xmm_reg) b,
-                    options(nomem, nostack, preserves_flags)
+                    concat!(stringify!($name), " {0}, {1}, {2}"),
+                    inout(xmm_reg) a, in(xmm_reg) b, in(xmm_reg) c,
+                    options($($option),*)
                 );
             }
             must_cast(a)
         }
-    )* };
+    };
 }
 
-/// Functions of destination, source and an immediate that obey MXCSR and set its flags. Of the
-/// immediate the low three or four bits count.
-macro_rules! float_immediate {
-    ($dispatch:ident: $($name:ident)*) => { $(
+/// Functions of destination, source and an immediate, of which the bits that `$dispatch` takes
+/// count. `$template` is how the operands are written.
+macro_rules! with_immediate {
+    ($options:tt $dispatch:ident $template:literal: $($name:ident)*) => { $(
+        with_immediate! { @ $options $dispatch $template $name }
+    )* };
+    (@ ($($option:ident),*) $dispatch:ident $template:literal $name:ident) => {
         #[inline(always)]
         pub(super) fn $name(a: u128, b: u128, immediate: u8) -> u128 {
             #[inline(always)]
@@ -117,60 +116,82 @@ macro_rules! float_immediate {
                 // SAFETY: as for the functions of two operands.
                 unsafe {
                     asm!(
-                        concat!(stringify!($name), " {0}, {1}, {2}"),
+                        concat!(stringify!($name), $template),
                         inout(xmm_reg) a, in(xmm_reg) b, const IMMEDIATE,
-                        options(nomem, nostack, preserves_flags)
+                        options($($option),*)
                     );
                 }
                 must_cast(a)
             }
             $dispatch!(immediate, with, a, b)
         }
-    )* };
+    };
 }
 
-/// Calls the instance of a function for the low three bits of a value.
-macro_rules! by_three_bits {
-    ($value:expr, $function:ident, $a:expr, $b:expr) => {
-        match $value & 7 {
-            0 => $function::<0>($a, $b),
-            1 => $function::<1>($a, $b),
-            2 => $function::<2>($a, $b),
-            3 => $function::<3>($a, $b),
-            4 => $function::<4>($a, $b),
-            5 => $function::<5>($a, $b),
-            6 => $function::<6>($a, $b),
-            _ => $function::<7>($a, $b),
+/// Functions of the source and an immediate.
+macro_rules! unary_with_immediate {
+    ($options:tt $dispatch:ident: $($name:ident)*) => { $(
+        unary_with_immediate! { @ $options $dispatch $name }
+    )* };
+    (@ ($($option:ident),*) $dispatch:ident $name:ident) => {
+        #[inline(always)]
+        pub(super) fn $name(b: u128, immediate: u8) -> u128 {
+            #[inline(always)]
+            fn with<const IMMEDIATE: u8>(b: u128) -> u128 {
+                let a: __m128i;
+                let b: __m128i = must_cast(b);
+                // SAFETY: as for the functions of two operands.
+                unsafe {
+                    asm!(
+                        concat!(stringify!($name), " {0}, {1}, {2}"),
+                        lateout(xmm_reg) a, in(xmm_reg) b, const IMMEDIATE,
+                        options($($option),*)
+                    );
+                }
+                must_cast(a)
+            }
+            $dispatch!(immediate, with, b)
         }
     };
 }
 
-/// Calls the instance of a function for the low four bits of a value.
-macro_rules! by_four_bits {
-    ($value:expr, $function:ident, $a:expr, $b:expr) => {
-        match $value & 15 {
-            0 => $function::<0>($a, $b),
-            1 => $function::<1>($a, $b),
-            2 => $function::<2>($a, $b),
-            3 => $function::<3>($a, $b),
-            4 => $function::<4>($a, $b),
-            5 => $function::<5>($a, $b),
-            6 => $function::<6>($a, $b),
-            7 => $function::<7>($a, $b),
-            8 => $function::<8>($a, $b),
-            9 => $function::<9>($a, $b),
-            10 => $function::<10>($a, $b),
-            11 => $function::<11>($a, $b),
-            12 => $function::<12>($a, $b),
-            13 => $function::<13>($a, $b),
-            14 => $function::<14>($a, $b),
-            _ => $function::<15>($a, $b),
+/// Calls the instance of a function for the low bits of a value.
+macro_rules! by_bits {
+    ($mask:literal, $value:expr, $function:ident, $arguments:tt, $($n:literal)*; $last:literal) => {
+        match $value & $mask {
+            $($n => $function::<$n> $arguments,)*
+            _ => $function::<$last> $arguments,
         }
+    };
+}
+
+/// Of which the low three bits count.
+macro_rules! by_three_bits {
+    ($value:expr, $function:ident, $($argument:expr),*) => {
+        by_bits!(7, $value, $function, ($($argument),*), 0 1 2 3 4 5 6; 7)
+    };
+}
+
+/// Of which the low four bits count.
+macro_rules! by_four_bits {
+    ($value:expr, $function:ident, $($argument:expr),*) => {
+        by_bits!(15, $value, $function, ($($argument),*), 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14; 15)
+    };
+}
+
+/// Of which the low five bits count.
+macro_rules! by_five_bits {
+    ($value:expr, $function:ident, $($argument:expr),*) => {
+        by_bits!(
+            31, $value, $function, ($($argument),*),
+            0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15
+            16 17 18 19 20 21 22 23 24 25 26 27 28 29 30; 31
+        )
     };
 }
 
 // SSE2: arithmetic.
-integer! {
+pure! { two_operands!
     paddb paddw paddd paddq paddsb paddsw paddusb paddusw
     psubb psubw psubd psubq psubsb psubsw psubusb psubusw
     pmulhuw pmulhw pmullw pmuludq pmaddwd psadbw
@@ -178,111 +199,82 @@ integer! {
     pcmpeqb pcmpeqw pcmpeqd pcmpgtb pcmpgtw pcmpgtd
 }
 // SSE2: shifts of every lane by the low 64 bits of the source.
-integer! { psllw pslld psllq psraw psrad psrlw psrld psrlq }
+pure! { two_operands! psllw pslld psllq psraw psrad psrlw psrld psrlq }
 // SSE2: lanes rearranged.
-integer! {
+pure! { two_operands!
     packssdw packsswb packuswb
     punpcklbw punpcklwd punpckldq punpcklqdq punpckhbw punpckhwd punpckhdq punpckhqdq
     unpcklps unpckhps unpcklpd unpckhpd
 }
 // SSE: approximations, which neither obey MXCSR nor set its flags.
-integer! { rcpss rsqrtss }
-integer_unary! { rcpps rsqrtps }
+pure! { two_operands! rcpss rsqrtss }
+pure! { one_operand! rcpps rsqrtps }
 // SSSE3.
-integer! {
+pure! { two_operands!
     pshufb phaddw phaddd phaddsw phsubw phsubd phsubsw pmaddubsw pmulhrsw psignb psignw psignd
 }
-integer_unary! { pabsb pabsw pabsd }
+pure! { one_operand! pabsb pabsw pabsd }
 // SSE4.1.
-integer! {
+pure! { two_operands!
     pmuldq pmulld packusdw pcmpeqq
     pmaxsb pmaxsd pmaxud pmaxuw pminsb pminsd pminud pminuw
 }
-integer_unary! {
+pure! { one_operand!
     phminposuw
     pmovsxbw pmovsxbd pmovsxbq pmovsxwd pmovsxwq pmovsxdq
     pmovzxbw pmovzxbd pmovzxbq pmovzxwd pmovzxwq pmovzxdq
 }
 // SSE4.2.
-integer! { pcmpgtq }
+pure! { two_operands! pcmpgtq }
 // AES.
-integer! { aesenc aesenclast aesdec aesdeclast }
-integer_unary! { aesimc }
+pure! { two_operands! aesenc aesenclast aesdec aesdeclast }
+pure! { one_operand! aesimc }
 
 // SSE and SSE2.
-float! {
+under_mxcsr! { two_operands!
     addps addpd addss addsd subps subpd subss subsd
     mulps mulpd mulss mulsd divps divpd divss divsd
     minps minpd minss minsd maxps maxpd maxss maxsd
     sqrtss sqrtsd cvtss2sd cvtsd2ss
 }
-float_unary! {
+under_mxcsr! { one_operand!
     sqrtps sqrtpd
     cvtps2pd cvtpd2ps cvtdq2ps cvtdq2pd cvtps2dq cvttps2dq cvtpd2dq cvttpd2dq
 }
 // Bits 7:3 of the immediate are reserved, and ignored by the legacy encoding.
-float_immediate! { by_three_bits: cmpps cmppd cmpss cmpsd }
+under_mxcsr! { with_immediate! by_three_bits " {0}, {1}, {2}": cmpps cmppd cmpss cmpsd }
 // SSE3.
-float! { addsubps addsubpd haddps haddpd hsubps hsubpd }
+under_mxcsr! { two_operands! addsubps addsubpd haddps haddpd hsubps hsubpd }
 // SSE4.1. Bits 7:4 of the immediate are reserved and ignored.
-float_immediate! { by_four_bits: roundps roundpd roundss roundsd }
-
-/// DPPS with every lane multiplied and the sum in every lane.
-#[inline(always)]
-pub(super) fn dpps_all(a: u128, b: u128) -> u128 {
-    let mut a: __m128i = must_cast(a);
-    let b: __m128i = must_cast(b);
-    // SAFETY: as for the functions of two operands.
-    unsafe {
-        asm!("dpps {0}, {1}, 0xff", inout(xmm_reg) a, in(xmm_reg) b,
-             options(nomem, nostack, preserves_flags));
-    }
-    must_cast(a)
+under_mxcsr! { unary_with_immediate! by_four_bits: roundps roundpd }
+under_mxcsr! { with_immediate! by_four_bits " {0}, {1}, {2}": roundss roundsd }
+// Every lane multiplied and the sum in every lane.
+under_mxcsr! { two_operands! dpps_all = "dpps {0}, {1}, 0xff"; dppd_all = "dppd {0}, {1}, 0x33"; }
+pure! { with_immediate! by_three_bits " {0}, {1}, {2}": mpsadbw }
+// The carry-less product of the low 64 bits.
+pure! { two_operands! pclmullqlqdq = "pclmulqdq {0}, {1}, 0"; }
+// AVX. Bits 7:5 of the immediate are reserved, and ignored.
+under_mxcsr! { with_immediate! by_five_bits " {0}, {0}, {1}, {2}": vcmpps vcmppd vcmpss vcmpsd }
+// FMA.
+under_mxcsr! { three_operands!
+    vfmadd132ps vfmadd132pd vfmadd132ss vfmadd132sd
+    vfmadd213ps vfmadd213pd vfmadd213ss vfmadd213sd
+    vfmadd231ps vfmadd231pd vfmadd231ss vfmadd231sd
+    vfmsub132ps vfmsub132pd vfmsub132ss vfmsub132sd
+    vfmsub213ps vfmsub213pd vfmsub213ss vfmsub213sd
+    vfmsub231ps vfmsub231pd vfmsub231ss vfmsub231sd
+    vfnmadd132ps vfnmadd132pd vfnmadd132ss vfnmadd132sd
+    vfnmadd213ps vfnmadd213pd vfnmadd213ss vfnmadd213sd
+    vfnmadd231ps vfnmadd231pd vfnmadd231ss vfnmadd231sd
+    vfnmsub132ps vfnmsub132pd vfnmsub132ss vfnmsub132sd
+    vfnmsub213ps vfnmsub213pd vfnmsub213ss vfnmsub213sd
+    vfnmsub231ps vfnmsub231pd vfnmsub231ss vfnmsub231sd
+    vfmaddsub132ps vfmaddsub132pd vfmaddsub213ps vfmaddsub213pd vfmaddsub231ps vfmaddsub231pd
+    vfmsubadd132ps vfmsubadd132pd vfmsubadd213ps vfmsubadd213pd vfmsubadd231ps vfmsubadd231pd
 }
-
-/// DPPD with both lanes multiplied and the sum in both.
-#[inline(always)]
-pub(super) fn dppd_all(a: u128, b: u128) -> u128 {
-    let mut a: __m128i = must_cast(a);
-    let b: __m128i = must_cast(b);
-    // SAFETY: as for the functions of two operands.
-    unsafe {
-        asm!("dppd {0}, {1}, 0x33", inout(xmm_reg) a, in(xmm_reg) b,
-             options(nomem, nostack, preserves_flags));
-    }
-    must_cast(a)
-}
-
-/// MPSADBW. Of the immediate the low three bits count.
-pub(super) fn mpsadbw(a: u128, b: u128, immediate: u8) -> u128 {
-    #[inline(always)]
-    fn with<const IMMEDIATE: u8>(a: u128, b: u128) -> u128 {
-        let mut a: __m128i = must_cast(a);
-        let b: __m128i = must_cast(b);
-        // SAFETY: as for the integer functions of two operands.
-        unsafe {
-            asm!(
-                "mpsadbw {0}, {1}, {2}",
-                inout(xmm_reg) a, in(xmm_reg) b, const IMMEDIATE,
-                options(pure, nomem, nostack, preserves_flags)
-            );
-        }
-        must_cast(a)
-    }
-    by_three_bits!(immediate, with, a, b)
-}
-
-/// The carry-less product of the low 64 bits.
-pub(super) fn pclmullqlqdq(a: u128, b: u128) -> u128 {
-    let mut a: __m128i = must_cast(a);
-    let b: __m128i = must_cast(b);
-    // SAFETY: as for the integer functions of two operands.
-    unsafe {
-        asm!("pclmulqdq {0}, {1}, 0", inout(xmm_reg) a, in(xmm_reg) b,
-             options(pure, nomem, nostack, preserves_flags));
-    }
-    must_cast(a)
-}
+// F16C. Bits 7:3 of the immediate are ignored.
+under_mxcsr! { one_operand! vcvtph2ps }
+under_mxcsr! { unary_with_immediate! by_three_bits: vcvtps2ph }
 
 /// Sign bits of lanes, in a general register.
 macro_rules! mask {
@@ -414,49 +406,6 @@ macro_rules! ordering {
     )* };
 }
 ordering! { comiss comisd ucomiss ucomisd }
-
-/// Whether the result of a step on two numbers in the x87 format is inexact in the precision of a
-/// single or a double. `rounding` is the rounding control, which both units encode alike.
-pub(super) fn x87_is_inexact(step: Step, a: u128, b: u128, single: bool, rounding: u32) -> bool {
-    // Every exception masked.
-    let control = 0x3f | if single { 0 } else { 2 << 8 } | (rounding as u16 & 3) << 10;
-    let mut environment = [0u8; 28];
-    let status: u16;
-    macro_rules! compute {
-        ($instruction:literal) => {
-            // SAFETY: writes 28 bytes to a local array and reads local variables; the x87 unit's
-            // stack is empty between Rust functions, and its environment is put back.
-            unsafe {
-                asm!(
-                    "fnstenv [{environment}]",
-                    "fldcw [{control}]",
-                    "fnclex",
-                    "fld tbyte ptr [{a}]",
-                    "fld tbyte ptr [{b}]",
-                    $instruction,
-                    "fnstsw ax",
-                    "fstp st(0)",
-                    "fldenv [{environment}]",
-                    environment = in(reg) &raw mut environment,
-                    control = in(reg) &raw const control,
-                    a = in(reg) &raw const a,
-                    b = in(reg) &raw const b,
-                    out("ax") status,
-                    out("st(0)") _, out("st(1)") _, out("st(2)") _, out("st(3)") _,
-                    out("st(4)") _, out("st(5)") _, out("st(6)") _, out("st(7)") _,
-                    options(nostack)
-                );
-            }
-        };
-    }
-    match step {
-        Step::Add => compute!("faddp st(1), st"),
-        Step::Subtract => compute!("fsubp st(1), st"),
-        Step::Multiply | Step::Narrow => compute!("fmulp st(1), st"),
-        Step::Divide => compute!("fdivp st(1), st"),
-    }
-    status & 1 << 5 != 0
-}
 
 /// This thread's MXCSR.
 #[inline(always)]

@@ -3,8 +3,7 @@
 //! What is compared with what, and how the outcome is presented, is said by the immediate (SDM
 //! Vol. 1, "SSE4.2 Text and String Processing Instructions").
 
-use super::Host;
-use super::operand::{Source, by_source};
+use super::operand::{Lanes as _, Shape, by_shape};
 use crate::core_state::Core;
 use crate::form::Form;
 use crate::op::{Handler, Op};
@@ -15,17 +14,21 @@ use iced_x86::Mnemonic as M;
 use std::array::from_fn;
 
 /// The handler for an instruction of this subject.
-pub(super) fn select(form: &Form, host_has: Host) -> Option<Handler> {
-    if !host_has.sse42 {
-        return None;
-    }
+pub(super) fn select(form: &Form) -> Option<Handler> {
     Some(match form.mnemonic {
-        M::Pcmpistri => by_source!(form, Unaligned, S => index::<S, Implicit>),
-        M::Pcmpistrm => by_source!(form, Unaligned, S => mask::<S, Implicit>),
-        M::Pcmpestri => by_source!(form, Unaligned, S => index::<S, Explicit32>),
-        M::Pcmpestrm => by_source!(form, Unaligned, S => mask::<S, Explicit32>),
-        M::Pcmpestri64 => by_source!(form, Unaligned, S => index::<S, Explicit64>),
-        M::Pcmpestrm64 => by_source!(form, Unaligned, S => mask::<S, Explicit64>),
+        M::Pcmpistri | M::Vpcmpistri => by_shape!(pair, form, Unaligned, X => index::<X, Implicit>),
+        M::Pcmpistrm => by_shape!(pair, form, Unaligned, X => mask::<X, Implicit, false>),
+        M::Vpcmpistrm => by_shape!(pair, form, Unaligned, X => mask::<X, Implicit, true>),
+        M::Pcmpestri | M::Vpcmpestri => {
+            by_shape!(pair, form, Unaligned, X => index::<X, Explicit32>)
+        }
+        M::Pcmpestrm => by_shape!(pair, form, Unaligned, X => mask::<X, Explicit32, false>),
+        M::Vpcmpestrm => by_shape!(pair, form, Unaligned, X => mask::<X, Explicit32, true>),
+        M::Pcmpestri64 | M::Vpcmpestri64 => {
+            by_shape!(pair, form, Unaligned, X => index::<X, Explicit64>)
+        }
+        M::Pcmpestrm64 => by_shape!(pair, form, Unaligned, X => mask::<X, Explicit64, false>),
+        M::Vpcmpestrm64 => by_shape!(pair, form, Unaligned, X => mask::<X, Explicit64, true>),
         _ => return None,
     })
 }
@@ -145,12 +148,12 @@ fn compare(control: Control, a: u128, b: u128, (a_len, b_len): (usize, usize)) -
 }
 
 /// Compares and sets the flags. Returns one bit for each element.
-fn compare_with_flags<S: Source, L: Lengths>(
+fn compare_with_flags<X: Shape, L: Lengths>(
     core: &mut Core,
     op: &Op,
 ) -> Result<(Control, u32), Trap> {
-    let b = S::read(core, op)?;
-    let a = core.xmm(op.dst);
+    let b = X::second(core, op)?.low();
+    let a = X::first(core, op).low();
     let control = Control(op.imm as u8);
     let lengths = L::lengths(core, control, a, b);
     let found = compare(control, a, b, lengths);
@@ -164,8 +167,8 @@ fn compare_with_flags<S: Source, L: Lengths>(
 
 /// PCMPxSTRI: the number of the first or last element found goes to ECX, the number of elements if
 /// none was.
-fn index<S: Source, L: Lengths>(core: &mut Core, op: &Op) -> Result<(), Trap> {
-    let (control, found) = compare_with_flags::<S, L>(core, op)?;
+fn index<X: Shape, L: Lengths>(core: &mut Core, op: &Op) -> Result<(), Trap> {
+    let (control, found) = compare_with_flags::<X, L>(core, op)?;
     let index = if found == 0 {
         control.count() as u32
     } else if control.0 & 0x40 != 0 {
@@ -177,9 +180,10 @@ fn index<S: Source, L: Lengths>(core: &mut Core, op: &Op) -> Result<(), Trap> {
     Ok(())
 }
 
-/// PCMPxSTRM: the bits go to XMM0, or are spread to whole elements.
-fn mask<S: Source, L: Lengths>(core: &mut Core, op: &Op) -> Result<(), Trap> {
-    let (control, found) = compare_with_flags::<S, L>(core, op)?;
+/// PCMPxSTRM: the bits go to XMM0, or are spread to whole elements. `CLEARS` what is above it, as
+/// the VEX encoding does.
+fn mask<X: Shape, L: Lengths, const CLEARS: bool>(core: &mut Core, op: &Op) -> Result<(), Trap> {
+    let (control, found) = compare_with_flags::<X, L>(core, op)?;
     let result = if control.0 & 0x40 == 0 {
         u128::from(found)
     } else if control.words() {
@@ -189,6 +193,10 @@ fn mask<S: Source, L: Lengths>(core: &mut Core, op: &Op) -> Result<(), Trap> {
         let lanes: [u8; 16] = from_fn(|i| if found >> i & 1 != 0 { u8::MAX } else { 0 });
         must_cast(lanes)
     };
-    core.set_xmm(0, result);
+    if CLEARS {
+        [result].put_cleared(core, 0);
+    } else {
+        core.set_xmm(0, result);
+    }
     Ok(())
 }

@@ -28,12 +28,10 @@ const UNDERFLOW: u32 = 1 << 4;
 const PRECISION: u32 = 1 << 5;
 /// From an exception's flag to its mask.
 const MASK_SHIFT: u32 = 7;
-/// Rounding control, two bits.
-const ROUNDING_SHIFT: u32 = 13;
 /// Flush to zero.
 const FLUSH: u32 = 1 << 15;
 /// The control bits after reset.
-const DEFAULT: u32 = 0x1f80;
+pub(crate) const DEFAULT: u32 = 0x1f80;
 /// The bits that exist.
 pub(super) const EXISTING: u32 = 0xffff;
 
@@ -115,6 +113,11 @@ impl Core {
         self.vectors.mxcsr & DEFAULT != DEFAULT
     }
 
+    /// Whether the guest has unmasked underflow.
+    pub(super) fn has_unmasked_underflow(&self) -> bool {
+        self.vectors.mxcsr & UNDERFLOW << MASK_SHIFT == 0
+    }
+
     /// The guest's MXCSR.
     pub(crate) fn mxcsr(&self) -> u32 {
         if self.float.live {
@@ -164,7 +167,7 @@ fn precision_flag(control: u32, unmasked: u32, roundings: &Roundings) -> u32 {
     let inexact = roundings.iter().any(|rounding| {
         let ((), raised) = observe(control, unmasked, &|| rounding.execute());
         if raised & unmasked & (OVERFLOW | UNDERFLOW) != 0 {
-            rounding.is_inexact(control >> ROUNDING_SHIFT)
+            rounding.is_inexact()
         } else {
             raised & PRECISION != 0
         }
@@ -173,7 +176,7 @@ fn precision_flag(control: u32, unmasked: u32, roundings: &Roundings) -> u32 {
 }
 
 /// Whether LDMXCSR raises #GP for a value.
-pub(super) fn has_reserved_bits(value: u32) -> bool {
+pub(crate) fn has_reserved_bits(value: u32) -> bool {
     value & !EXISTING != 0
 }
 
@@ -184,12 +187,14 @@ mod tests {
     use crate::machine::{Machine, MachineConfig, SecondStageKind};
     use crate::mode::Mode;
     use crate::state::cr0;
-    use crate::{Cpu, sse};
+    use crate::{Cpu, simd};
     use iced_x86::{Decoder, DecoderOptions};
 
     const ADDSD_XMM0_XMM1: [u8; 4] = [0xf2, 0x0f, 0x58, 0xc1];
     const DIVSD_XMM0_XMM1: [u8; 4] = [0xf2, 0x0f, 0x5e, 0xc1];
     const INEXACT: u32 = 1 << 5;
+    /// Rounding control, two bits.
+    const ROUNDING_SHIFT: u32 = 13;
 
     fn cpu() -> Cpu {
         let machine = Machine::new(MachineConfig {
@@ -209,7 +214,7 @@ mod tests {
     fn execute(core: &mut Core, bytes: &[u8], sse: bool) -> Result<(), Trap> {
         let instruction = Decoder::new(64, bytes, DecoderOptions::NONE).decode();
         let form = Form::new(instruction, Mode::CODE64.with(Mode::SSE, sse));
-        let handler = sse::select(&form).expect("the instruction is executed");
+        let handler = simd::select(&form).expect("the instruction is executed");
         let op = form.operands(0, handler);
         (op.run)(core, &op)
     }

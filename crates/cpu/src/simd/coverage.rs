@@ -4,13 +4,14 @@ use super::{Host, select};
 use crate::form::Form;
 use crate::mode::Mode;
 use iced_x86::{
-    CpuidFeature as F, Decoder, DecoderOptions, Instruction, OpCodeOperandKind, OpKind, Register,
+    CpuidFeature as F, Decoder, DecoderOptions, EncodingKind, Instruction, OpCodeOperandKind,
+    OpKind, Register,
 };
 use std::collections::BTreeSet;
 
 /// Every 64-bit instruction of the two- and three-byte maps with one mandatory prefix, on registers
 /// and on memory.
-fn instructions() -> impl Iterator<Item = Instruction> {
+fn legacy_instructions() -> impl Iterator<Item = Instruction> {
     let prefixes: [&[u8]; 4] = [&[], &[0x66], &[0xf2], &[0xf3]];
     let maps: [&[u8]; 3] = [&[0x0f], &[0x0f, 0x38], &[0x0f, 0x3a]];
     prefixes.into_iter().flat_map(move |prefix| {
@@ -29,6 +30,36 @@ fn instructions() -> impl Iterator<Item = Instruction> {
                     (!instruction.is_invalid()).then_some(instruction)
                 })
             })
+        })
+    })
+}
+
+/// Every 64-bit instruction in the VEX encoding, on registers, on memory, and on memory with an index
+/// register.
+fn vex_instructions() -> impl Iterator<Item = Instruction> {
+    (0..=255u8).flat_map(|opcode| {
+        (0..4 * 2 * 2 * 3 * 2 * 8 * 3u32).filter_map(move |variant| {
+            let mut rest = variant;
+            let mut choose = |count: u32| {
+                let chosen = rest % count;
+                rest /= count;
+                chosen as u8
+            };
+            let (prefix, long, wide, map) = (choose(4), choose(2), choose(2), choose(3) + 1);
+            // No second source, or register 6, inverted.
+            let source = [0xf, 0x9][usize::from(choose(2))];
+            let group = choose(8) << 3;
+            let mut bytes = vec![0xc4, 0xe0 | map];
+            bytes.push(wide << 7 | source << 3 | long << 2 | prefix);
+            bytes.push(opcode);
+            match choose(3) {
+                0 => bytes.extend([group | 0xc1, 0x11]),
+                1 => bytes.extend([group | 0x01, 0x11]),
+                // Base RCX, index 2.
+                _ => bytes.extend([group | 0x04, 0x11, 0x11]),
+            }
+            let instruction = Decoder::new(64, &bytes, DecoderOptions::NONE).decode();
+            (!instruction.is_invalid()).then_some(instruction)
         })
     })
 }
@@ -64,12 +95,19 @@ fn every_vector_form_of_the_levels_offered_is_executed() {
         F::SSE4_2 => host_has.sse42,
         F::AES => host_has.aes,
         F::PCLMULQDQ => host_has.pclmulqdq,
+        F::AVX => host_has.avx,
+        F::AVX2 => host_has.avx2,
+        F::F16C => host_has.f16c,
+        F::FMA => host_has.fma,
+        F::VAES => host_has.vaes,
+        F::VPCLMULQDQ => host_has.vpclmulqdq,
         _ => false,
     };
-    let mode = Mode::CODE64.with(Mode::SSE, true);
+    let mode = Mode::CODE64.with(Mode::SSE, true).with(Mode::AVX, true);
     let mut judged = BTreeSet::new();
-    for instruction in instructions() {
-        let vector = registers(&instruction).any(Register::is_xmm);
+    let mut vex = BTreeSet::new();
+    for instruction in legacy_instructions().chain(vex_instructions()) {
+        let vector = registers(&instruction).any(|register| register.is_vector_register());
         let mmx = is_mmx(&instruction);
         let executed = select(&form(instruction, mode)).is_some();
         let name = format!("{:?}", instruction.code());
@@ -77,7 +115,11 @@ fn every_vector_form_of_the_levels_offered_is_executed() {
             assert!(!executed, "{name} is on MMX registers");
         } else if vector && instruction.cpuid_features().iter().all(|&f| offered(f)) {
             assert!(executed, "{name} is not executed");
-            judged.insert(name);
+            if instruction.encoding() == EncodingKind::VEX {
+                vex.insert(name);
+            } else {
+                judged.insert(name);
+            }
         } else if vector {
             assert!(!executed, "{name} is not offered");
         }
@@ -87,6 +129,12 @@ fn every_vector_form_of_the_levels_offered_is_executed() {
         judged.len() >= 190,
         "only {} forms were found",
         judged.len()
+    );
+    // 678 with every level.
+    assert!(
+        !host_has.avx || vex.len() >= 385,
+        "only {} forms of VEX were found",
+        vex.len()
     );
 }
 

@@ -1,17 +1,17 @@
 //! FXSAVE and FXRSTOR: x87 and SSE state as one image in memory (SDM Vol. 1, "FXSAVE Area").
 
 use super::mxcsr;
-use crate::core_state::{Core, Vectors};
+use crate::core_state::Core;
 use crate::form::Form;
 use crate::op::{Address, Handler, Op, Segmented};
-use crate::state::cr0;
+use crate::state::{FpuState, cr0};
 use crate::trap::{Exception, Trap, vector};
 use iced_x86::Mnemonic as M;
 
 /// Bytes of the image.
 const BYTES: u64 = 512;
 /// Paragraphs of 16 bytes before the vector registers: two of control words, eight x87 registers.
-const BEFORE_VECTORS: usize = 10;
+pub(crate) const BEFORE_VECTORS: usize = 10;
 /// Paragraphs that are used in 64-bit mode.
 const PARAGRAPHS: usize = BEFORE_VECTORS + 16;
 /// The last opcode has 11 bits.
@@ -31,7 +31,7 @@ pub(super) fn select(form: &Form) -> Option<Handler> {
 }
 
 /// Vector registers that the current mode has.
-fn vector_count(core: &Core) -> usize {
+pub(crate) fn vector_count(core: &Core) -> usize {
     if core.code64() { 16 } else { 8 }
 }
 
@@ -56,41 +56,56 @@ fn place(core: &mut Core, op: &Op, write: bool) -> Result<u64, Trap> {
     }
 }
 
-/// The image, of which the first 10 + 8 or 10 + 16 paragraphs are used. `WIDE` images have 64-bit
-/// instruction and data pointers, others 32-bit ones and selectors (which are not kept and read as
-/// zero).
-fn encode<const WIDE: bool>(vectors: &Vectors, mxcsr: u32) -> [u128; PARAGRAPHS] {
-    let x87 = &vectors.x87;
-    let mut image = [0; PARAGRAPHS];
-    image[0] = u128::from(x87.fcw)
-        | u128::from(x87.fsw) << 16
-        | u128::from(x87.ftw) << 32
-        | u128::from(x87.fop) << 48
-        | u128::from(x87.fip & pointer_mask::<WIDE>()) << 64;
-    image[1] = u128::from(x87.fdp & pointer_mask::<WIDE>())
-        | u128::from(mxcsr) << 64
-        | u128::from(mxcsr::EXISTING) << 96;
-    for (paragraph, register) in image[2..BEFORE_VECTORS].iter_mut().zip(x87.st) {
+/// The x87 part of an image: control words and registers. `WIDE` images have 64-bit instruction and
+/// data pointers, others 32-bit ones and selectors (which are not kept and read as zero). MXCSR's
+/// place is zero.
+pub(crate) fn encode_x87<const WIDE: bool>(state: &FpuState) -> [u128; BEFORE_VECTORS] {
+    let mut image = [0; BEFORE_VECTORS];
+    image[0] = u128::from(state.fcw)
+        | u128::from(state.fsw) << 16
+        | u128::from(state.ftw) << 32
+        | u128::from(state.fop) << 48
+        | u128::from(state.fip & pointer_mask::<WIDE>()) << 64;
+    image[1] = u128::from(state.fdp & pointer_mask::<WIDE>());
+    for (paragraph, register) in image[2..].iter_mut().zip(state.st) {
         *paragraph = register & X87_REGISTER;
     }
-    image[BEFORE_VECTORS..].copy_from_slice(&vectors.xmm);
+    image
+}
+
+/// What the x87 part of an image says.
+pub(crate) fn decode_x87<const WIDE: bool>(image: &[u128; BEFORE_VECTORS], state: &mut FpuState) {
+    state.fcw = image[0] as u16;
+    state.fsw = (image[0] >> 16) as u16;
+    state.ftw = (image[0] >> 32) as u8;
+    state.fop = (image[0] >> 48) as u16 & OPCODE;
+    state.fip = (image[0] >> 64) as u64 & pointer_mask::<WIDE>();
+    state.fdp = image[1] as u64 & pointer_mask::<WIDE>();
+    for (register, paragraph) in state.st.iter_mut().zip(&image[2..]) {
+        *register = paragraph & X87_REGISTER;
+    }
+}
+
+/// MXCSR and its mask as they lie in an image, from byte 24.
+pub(crate) fn encode_mxcsr(mxcsr: u32) -> u64 {
+    u64::from(mxcsr) | u64::from(mxcsr::EXISTING) << 32
+}
+
+/// The image, of which the first 10 + 8 or 10 + 16 paragraphs are used.
+fn encode<const WIDE: bool>(state: &FpuState, mxcsr: u32) -> [u128; PARAGRAPHS] {
+    let mut image = [0; PARAGRAPHS];
+    image[..BEFORE_VECTORS].copy_from_slice(&encode_x87::<WIDE>(state));
+    image[1] |= u128::from(encode_mxcsr(mxcsr)) << 64;
+    image[BEFORE_VECTORS..].copy_from_slice(&state.xmm);
     image
 }
 
 /// What an image says, but for MXCSR. Vector registers beyond the image's keep their values.
-fn decode<const WIDE: bool>(image: &[u128], vectors: &mut Vectors) {
-    let (control, registers) = image.split_at(BEFORE_VECTORS);
-    let x87 = &mut vectors.x87;
-    x87.fcw = control[0] as u16;
-    x87.fsw = (control[0] >> 16) as u16;
-    x87.ftw = (control[0] >> 32) as u8;
-    x87.fop = (control[0] >> 48) as u16 & OPCODE;
-    x87.fip = (control[0] >> 64) as u64 & pointer_mask::<WIDE>();
-    x87.fdp = control[1] as u64 & pointer_mask::<WIDE>();
-    for (register, paragraph) in x87.st.iter_mut().zip(&control[2..]) {
-        *register = paragraph & X87_REGISTER;
+fn decode<const WIDE: bool>(image: &[u128], state: &mut FpuState) {
+    if let Some((x87, registers)) = image.split_first_chunk() {
+        decode_x87::<WIDE>(x87, state);
+        state.xmm[..registers.len()].copy_from_slice(registers);
     }
-    vectors.xmm[..registers.len()].copy_from_slice(registers);
 }
 
 /// Bits of a pointer that the image has.
@@ -130,21 +145,18 @@ fn restore<const WIDE: bool>(core: &mut Core, op: &Op) -> Result<(), Trap> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::core_state::X87;
 
-    fn sample() -> Vectors {
-        Vectors {
+    fn sample() -> FpuState {
+        FpuState {
+            fcw: 0x37f,
+            fsw: 0x3800,
+            ftw: 0x80,
+            fop: 0x7ff,
+            fip: 0x1234_5678_9abc_def0,
+            fdp: 0x0fed_cba9_8765_4321,
+            st: std::array::from_fn(|i| u128::MAX << 8 | i as u128),
             xmm: std::array::from_fn(|i| 0x1111_u128 << 96 | i as u128),
-            mxcsr: 0,
-            x87: X87 {
-                st: std::array::from_fn(|i| u128::MAX << 8 | i as u128),
-                fcw: 0x37f,
-                fsw: 0x3800,
-                ftw: 0x80,
-                fop: 0x7ff,
-                fip: 0x1234_5678_9abc_def0,
-                fdp: 0x0fed_cba9_8765_4321,
-            },
+            ..FpuState::default()
         }
     }
 
@@ -180,11 +192,11 @@ mod tests {
         let image = encode::<true>(&sample(), 0x1f80);
         let mut vectors = sample();
         vectors.xmm = [7; 16];
-        vectors.x87.fcw = 0;
+        vectors.fcw = 0;
         decode::<true>(&image[..BEFORE_VECTORS + 8], &mut vectors);
         assert_eq!(vectors.xmm[..8], sample().xmm[..8]);
         assert_eq!(vectors.xmm[8..], [7; 8]);
-        assert_eq!(vectors.x87.fcw, 0x37f);
+        assert_eq!(vectors.fcw, 0x37f);
         assert_eq!(
             encode::<true>(&vectors, 0x1f80)[..BEFORE_VECTORS],
             image[..BEFORE_VECTORS]

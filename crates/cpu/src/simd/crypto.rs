@@ -1,23 +1,24 @@
 //! AES rounds and carry-less multiplication.
 
+use super::host;
 use super::operand::{binary, binary_immediate, unary, unary_immediate};
-use super::{Host, host};
 use crate::form::Form;
 use crate::op::Handler;
 use bytemuck::must_cast;
 use iced_x86::Mnemonic as M;
 
 /// The handler for an instruction of this subject.
-pub(super) fn select(form: &Form, host_has: Host) -> Option<Handler> {
+pub(super) fn select(form: &Form) -> Option<Handler> {
     Some(match form.mnemonic {
-        M::Pclmulqdq if host_has.pclmulqdq => binary_immediate!(form, Aligned, carry_less_product),
-        _ if !host_has.aes => return None,
-        M::Aesenc => binary!(form, Aligned, host::aesenc),
-        M::Aesenclast => binary!(form, Aligned, host::aesenclast),
-        M::Aesdec => binary!(form, Aligned, host::aesdec),
-        M::Aesdeclast => binary!(form, Aligned, host::aesdeclast),
-        M::Aesimc => unary!(form, Aligned, host::aesimc),
-        M::Aeskeygenassist => unary_immediate!(form, Aligned, key_generation_assist),
+        M::Pclmulqdq | M::Vpclmulqdq => binary_immediate!(form, Aligned, carry_less_product),
+        M::Aesenc | M::Vaesenc => binary!(form, Aligned, host::aesenc),
+        M::Aesenclast | M::Vaesenclast => binary!(form, Aligned, host::aesenclast),
+        M::Aesdec | M::Vaesdec => binary!(form, Aligned, host::aesdec),
+        M::Aesdeclast | M::Vaesdeclast => binary!(form, Aligned, host::aesdeclast),
+        M::Aesimc | M::Vaesimc => unary!(form, Aligned, host::aesimc),
+        M::Aeskeygenassist | M::Vaeskeygenassist => {
+            unary_immediate!(form, Aligned, key_generation_assist)
+        }
         _ => return None,
     })
 }
