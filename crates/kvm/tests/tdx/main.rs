@@ -5,6 +5,7 @@ mod busy;
 mod commands;
 #[path = "../common/mod.rs"]
 mod common;
+mod fuzz;
 mod memory;
 mod regions;
 mod registers;

@@ -5,7 +5,7 @@ use std::thread;
 
 /// `mov ecx, ROUNDS; 1: inc dword ptr [DATA]; loop 1b; hlt`, where a processor begins. Nothing takes
 /// the #VE that the halt becomes, so the guest ends in a triple fault.
-fn code(rounds: u32) -> [u8; 14] {
+pub(super) fn code(rounds: u32) -> [u8; 14] {
     let mut code = [0xb9, 0, 0, 0, 0, 0xff, 0x05, 0, 0, 0, 0, 0xe2, 0xf8, 0xf4];
     code[1..5].copy_from_slice(&rounds.to_le_bytes());
     code[7..11].copy_from_slice(&(DATA as u32).to_le_bytes());
