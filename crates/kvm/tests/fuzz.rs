@@ -31,7 +31,8 @@ const REQUESTS: &[u64] = &[
     KVM_SET_MP_STATE, KVM_NMI, KVM_SET_GUEST_DEBUG, KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS,
     KVM_GET_DEBUGREGS, KVM_SET_TSC_KHZ, KVM_SET_DEBUGREGS, KVM_GET_TSC_KHZ, KVM_ENABLE_CAP,
     KVM_GET_XSAVE, KVM_SIGNAL_MSI, KVM_SET_XSAVE, KVM_GET_XCRS, KVM_SET_XCRS, KVM_KVMCLOCK_CTRL,
-    KVM_GET_SREGS2, KVM_SET_SREGS2, KVM_GET_STATS_FD, KVM_RUN, 0xaeff, 0x1234, 0,
+    KVM_GET_SREGS2, KVM_SET_SREGS2, KVM_GET_STATS_FD, KVM_RUN, KVM_SUBPAGES_GET_ACCESS,
+    KVM_SUBPAGES_SET_ACCESS, 0xaeff, 0x1234, 0,
 ];
 
 /// What KVM answers anything with.
@@ -49,6 +50,9 @@ const ERRORS: &[Errno] = &[
     Errno::INTR,
     Errno::NOSPC,
     Errno::NOMEM,
+    // Of sub-page permissions.
+    Errno::NODEV,
+    Errno::PERM,
 ];
 
 const ARENA_PAGES: u64 = 64;
@@ -83,6 +87,13 @@ enum Step {
         page: u64,
         pages: u64,
         arena: u64,
+    },
+    /// Access maps of the guest's frames.
+    Protect {
+        object: usize,
+        gfn: u64,
+        pages: u32,
+        map: u32,
     },
     Run {
         object: usize,
@@ -125,6 +136,8 @@ fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(object, slot, flags, page, pages, arena)| {
                 Step::Region { object, slot, flags, page, pages, arena }
             }),
+        4 => (any::<usize>(), 0_u64..40, 0_u32..20, any::<u32>())
+            .prop_map(|(object, gfn, pages, map)| Step::Protect { object, gfn, pages, map }),
         6 => (any::<usize>(), any::<bool>())
             .prop_map(|(object, immediate)| Step::Run { object, immediate }),
         1 => any::<usize>().prop_map(Step::Duplicate),
@@ -258,6 +271,12 @@ impl Program {
         };
         let slot = region(0, 0xf000, 0x4000, program.arena.address(0));
         assert_eq!(program.fds[1].set(KVM_SET_USER_MEMORY_REGION, slot), Ok(0));
+        let sub_pages = kvm_bindings::kvm_enable_cap {
+            cap: twofold_abi::spp::KVM_CAP_X86_SPP,
+            ..Default::default()
+        };
+        // Where processors have none, the calls that follow answer so.
+        let _ = program.fds[1].set(KVM_ENABLE_CAP, sub_pages);
         program.create_vcpu();
         program
     }
@@ -318,6 +337,18 @@ impl Program {
                     KVM_SET_USER_MEMORY_REGION,
                     (&raw const slot).addr(),
                 )
+            }
+            Step::Protect {
+                object,
+                gfn,
+                pages,
+                map,
+            } => {
+                self.buffer.fill(u64::from(*map) << 32 | u64::from(!*map));
+                self.buffer[0] = *gfn;
+                self.buffer[1] = u64::from(*pages);
+                let request = self.buffer.as_mut_ptr().expose_provenance();
+                self.call(*object, KVM_SUBPAGES_SET_ACCESS, request)
             }
             Step::Run { object, immediate } => {
                 let Some(fd) = self.fd(*object) else {
