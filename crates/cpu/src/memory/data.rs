@@ -70,14 +70,7 @@ impl Core {
         let entry = self.mem.tlb.entry(self.mem.data_base, linear);
         if entry.write == tag(linear, T::SIZE as u64) {
             let place = linear.wrapping_add(entry.addend) as usize;
-            return if locked {
-                self.rmw_locked_host(place, change)
-            } else {
-                let old = self.load_host(place)?;
-                let new = change(old);
-                self.store_host(place, new)?;
-                Ok((old, new))
-            };
+            return self.rmw_host(place, locked, change);
         }
         self.rmw_slow(linear, locked, &change)
     }
@@ -129,6 +122,22 @@ impl Core {
         // SAFETY: as for `load_host`, and both stages allow writing.
         let stored = unsafe { T::store(pointer, value) };
         stored.map_err(|Vanished| self.vanished(place))
+    }
+
+    #[inline(always)]
+    fn rmw_host<T: Datum>(
+        &mut self,
+        place: usize,
+        locked: bool,
+        change: impl Fn(T) -> T,
+    ) -> Result<(T, T), Trap> {
+        if locked {
+            return self.rmw_locked_host(place, change);
+        }
+        let old = self.load_host(place)?;
+        let new = change(old);
+        self.store_host(place, new)?;
+        Ok((old, new))
     }
 
     fn rmw_locked_host<T: Datum>(
@@ -208,6 +217,9 @@ impl Core {
         self.note_access(linear, T::SIZE as u64, true);
         let set = self.data_set();
         if (linear & !PAGE_MASK) + T::SIZE as u64 <= 1 << super::PAGE_SHIFT {
+            if let Some(place) = self.mem.sub_pages.place(set, linear, T::SIZE as u64) {
+                return self.rmw_host(place, locked, change);
+            }
             let target = self.translate_data(linear, T::SIZE as u64, true, set)?;
             if locked && let Place::Host(place) = target.place {
                 let result = self.rmw_locked_host(place, change)?;
