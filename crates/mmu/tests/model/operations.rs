@@ -168,6 +168,8 @@ pub(crate) enum Op {
         frame: usize,
         before: u64,
         maps: Vec<u32>,
+        /// And the guest writes to this one.
+        write: bool,
     },
     /// The hypervisor has this many table pages left.
     Budget {
@@ -205,7 +207,14 @@ pub(crate) fn ops() -> impl Strategy<Value = Op> {
         any::<u64>(),
         (0u32..64).prop_map(|bit| 1 << bit)
     ];
-    let map = prop_oneof![4 => Just(u32::MAX), 1 => Just(0), 2 => any::<u32>()];
+    let guarded = prop_oneof![3 => 5..8usize, 1 => 0..FRAMES.len()];
+    let before = prop_oneof![3 => Just(0u64), 1 => 1u64..3];
+    // Guests write at the beginning of pages, which most maps allow.
+    let map = prop_oneof![
+        2 => Just(u32::MAX),
+        1 => Just(0),
+        4 => any::<u32>().prop_map(|map| map | 1)
+    ];
     prop_oneof![
         8 => (slot(), place(), distance(), prop_oneof![3 => 0u32..2, 1 => 2u32..4]).prop_map(
             |((as_id, id), place, distance, flags)| Op::Create { as_id, id, place, distance, flags }
@@ -234,8 +243,8 @@ pub(crate) fn ops() -> impl Strategy<Value = Op> {
         1 => any::<bool>().prop_map(|on| Op::NxHugePages { on }),
         2 => Just(Op::RecoverNx),
         2 => (0..ROLES.len()).prop_map(|role| Op::Reload { role }),
-        6 => (as_id(), frame(), 0u64..3, prop::collection::vec(map, 1..5)).prop_map(
-            |(as_id, frame, before, maps)| Op::SetAccess { as_id, frame, before, maps }
+        16 => (as_id(), guarded, before, prop::collection::vec(map, 1..4), any::<bool>()).prop_map(
+            |(as_id, frame, before, maps, write)| Op::SetAccess { as_id, frame, before, maps, write }
         ),
         2 => prop_oneof![1 => 0i64..6, 2 => Just(crate::common::PLENTY)]
             .prop_map(|pages| Op::Budget { pages }),
@@ -273,18 +282,13 @@ pub(crate) fn setups() -> impl Strategy<Value = Setup> {
         2 => Just(Recorder::Ring),
     ];
     let level = prop_oneof![3 => Just(Level::L4K), 4 => Just(Level::L2M), 1 => Just(Level::L1G)];
-    let flags = prop::array::uniform6(any::<bool>());
+    let flags = prop::array::uniform5(any::<bool>());
+    let sometimes = prop::bool::weighted(0.3);
+    let mostly = prop::bool::weighted(0.8);
     let offset = prop::sample::select(vec![0, 0x1_2340_0000_0000]);
-    (recorder, level, flags, prop::bool::weighted(0.3), offset).prop_map(
-        |(recorder, level, flags, nx_huge_pages, offset)| {
-            let [
-                slot_zap_all,
-                accessed_dirty,
-                pml,
-                eager_split,
-                must_ask,
-                sub_pages,
-            ] = flags;
+    (recorder, level, flags, sometimes, mostly, offset).prop_map(
+        |(recorder, level, flags, nx_huge_pages, sub_pages, offset)| {
+            let [slot_zap_all, accessed_dirty, pml, eager_split, must_ask] = flags;
             Setup {
                 config: Config {
                     slot_zap_all,

@@ -458,6 +458,22 @@ fn d29_permissions_are_reduced_in_the_one_order_that_is_right() {
     }
 }
 
+#[test]
+fn d29_a_narrower_map_is_flushed_although_the_leaf_stays_as_it_is() {
+    let mut vm = vm();
+    vm.slot(0, 0, 512, 0);
+    vm.protect(9, 3);
+    assert!(vm.write(at(9, 1)).is_done());
+    let (leaf, flushes) = (vm.raw_leaf(9), vm.world.flushes.load(Ordering::Relaxed));
+    // A processor may remember the vector that it has read.
+    vm.protect(9, 1);
+    assert_eq!(vm.raw_leaf(9), leaf);
+    assert_eq!(vm.world.flushes.load(Ordering::Relaxed), flushes + 1);
+    // What no processor can have read needs no flush.
+    vm.protect(9, 3);
+    assert_eq!(vm.world.flushes.load(Ordering::Relaxed), flushes + 1);
+}
+
 /// D30: whole pages are judged instead of the sub-pages that are touched, and the address is
 /// sometimes a frame's. (The emulator's part is tested with the processor.)
 #[test]

@@ -7,7 +7,7 @@ mod sub_pages;
 
 use crate::common::{self, HostState, Processor, Step, TestHost, World, region};
 use crate::operations::{
-    DISTANCES, Extent, FRAMES, MOVES, Op, PLACES, ROLES, Recorder, Refusal, Setup,
+    Access, DISTANCES, Extent, FRAMES, MOVES, Op, PLACES, ROLES, Recorder, Refusal, Setup,
 };
 use crate::reference::{LOG, Mapping, Reference, Rules, Slot, extent};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -253,7 +253,16 @@ impl<F: Processor> Machine<F> {
                 frame,
                 before,
                 ref maps,
-            } => self.set_access(as_id, FRAMES[frame].saturating_sub(before), maps),
+                write,
+            } => {
+                let gfn = FRAMES[frame];
+                self.set_access(as_id, gfn.saturating_sub(before), maps);
+                if write {
+                    self.check();
+                    let role = ROLES.iter().position(|role| role.as_id() == as_id);
+                    self.access(0, role.unwrap(), gfn, Access::Write, false);
+                }
+            }
             Op::Budget { pages } => self.world.budget.store(pages, Ordering::Relaxed),
             Op::Refuse(refusal) => {
                 *self.world.refuse.lock().unwrap() = Some(match refusal {
