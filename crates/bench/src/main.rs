@@ -39,7 +39,7 @@ use report::{Row, Style};
 type Subject = fn(Meter) -> anyhow::Result<Vec<Row>>;
 
 /// Subjects in the order of the table, each with the name that chooses it.
-const SUBJECTS: [(&str, Subject); 17] = [
+const SUBJECTS: [(&str, Subject); 18] = [
     ("client", client::rows),
     ("slots", slots::rows),
     ("map", map::rows),
