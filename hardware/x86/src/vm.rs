@@ -223,7 +223,7 @@ pub struct Taken {
 pub struct Done {
     /// What was read.
     pub value: u64,
-    /// The faults on the way, without those on the guest's own first slot.
+    /// The first faults on the way, without those on the guest's own first slot.
     pub faults: Vec<Taken>,
     /// How often the processor missed a part of the sub-page permission table.
     pub sub_page_misses: u32,
@@ -235,6 +235,9 @@ pub struct Done {
 pub const DEVICE_VALUE: u64 = 0x5eed_de71_ce00_0001;
 /// Length of the guest's instructions that access devices.
 const ACCESS_LENGTH: u64 = 3;
+/// Faults and exceptions of one operation that are remembered: more than any should take. A guest that
+/// does not get on must not fill the heap with them.
+const KEPT: usize = 64;
 /// More exits than any operation needs: the guest does not get on.
 const TOO_MANY_EXITS: u32 = 100_000;
 
@@ -347,7 +350,7 @@ impl<V: Virtualization> GuestCpu<V> {
             .fault(&mut self.reader, &self.root, fault.fault)
             .map_err(|error| format!("fault at {}: {error}", fault.fault.gpa))?;
         let own = fault.fault.gpa.get() < guest::SIZE;
-        if !own {
+        if !own && done.faults.len() < KEPT {
             done.faults.push(Taken { fault, outcome });
         }
         match outcome {
@@ -376,7 +379,9 @@ impl<V: Virtualization> GuestCpu<V> {
                 done.faults.last()
             ));
         };
-        done.exceptions.push(exception);
+        if done.exceptions.len() < KEPT {
+            done.exceptions.push(exception);
+        }
         let registers = self.processor.registers();
         registers.rax = ACCESS_LENGTH;
         registers.rbx = DEVICE_VALUE;

@@ -86,62 +86,44 @@ fn small_pages(marks: &File) -> Result<()> {
     let backing = small_backing()?;
     let mut vm = Vm::new(marks, "as usual", &[])?;
     vm.set_slot(1, SMALL, &backing, Slot::Plain)?;
-    for access in [read(1), write(2), execute(3), read(1), write(1), write(4)] {
-        vm.access(access)?;
-    }
+    vm.accesses(&[read(1), write(2), execute(3), read(1), write(1), write(4)])?;
 
     vm.set_slot(1, SMALL, &backing, Slot::Logging)?;
-    for access in [write(1), write(5), read(2)] {
-        vm.access(access)?;
-    }
+    vm.accesses(&[write(1), write(5), read(2)])?;
     vm.dirty_log(1, SMALL_SIZE)?;
-    for access in [write(5), execute(3), write(2)] {
-        vm.access(access)?;
-    }
+    vm.accesses(&[write(5), execute(3), write(2)])?;
     vm.dirty_log(1, SMALL_SIZE)?;
     vm.set_slot(1, SMALL, &backing, Slot::Plain)?;
     vm.access(write(4))?;
 
-    for access in [
+    vm.accesses(&[
         Access::Read(NOTHING),
         Access::Read(NOTHING + 8),
         Access::Write(NOTHING, 7),
         Access::Write(NOTHING + PAGE, 8),
-    ] {
-        vm.access(access)?;
-    }
+    ])?;
     let other = small_backing()?;
     vm.set_slot(2, ELSEWHERE, &other, Slot::ReadOnly)?;
-    for access in [
+    vm.accesses(&[
         Access::Read(NOTHING),
         Access::Read(ELSEWHERE + PAGE),
         Access::Write(ELSEWHERE + PAGE, 9),
         Access::Execute(ELSEWHERE + 3 * PAGE),
-    ] {
-        vm.access(access)?;
-    }
+    ])?;
     vm.pre_fault(page(16), 4 * PAGE)?;
-    for access in [read(16), write(17)] {
-        vm.access(access)?;
-    }
+    vm.accesses(&[read(16), write(17)])?;
 
     vm.delete_slot(2)?;
-    for access in [
+    vm.accesses(&[
         Access::Read(ELSEWHERE + PAGE),
         Access::Read(NOTHING),
         write(2),
-    ] {
-        vm.access(access)?;
-    }
+    ])?;
     vm.delete_slot(1)?;
     vm.set_slot(1, ELSEWHERE, &backing, Slot::Plain)?;
-    for access in [Access::Read(ELSEWHERE + PAGE), read(1)] {
-        vm.access(access)?;
-    }
+    vm.accesses(&[Access::Read(ELSEWHERE + PAGE), read(1)])?;
     vm.set_slot(1, SMALL, &backing, Slot::Plain)?;
-    for access in [Access::Read(ELSEWHERE + PAGE), read(1)] {
-        vm.access(access)?;
-    }
+    vm.accesses(&[Access::Read(ELSEWHERE + PAGE), read(1)])?;
     vm.end()
 }
 
@@ -154,23 +136,17 @@ fn host_changes(marks: &File) -> Result<()> {
         vm.mark(&format!("call: {change:?} page {number}"))?;
         backing.change(number * PAGE as usize, PAGE as usize, change)
     };
-    for access in [write(1), write(2), write(3)] {
-        vm.access(access)?;
-    }
+    vm.accesses(&[write(1), write(2), write(3)])?;
     change(&vm, 1, Change::Discard)?;
     vm.access(write(1))?;
     change(&vm, 2, Change::ReadOnly)?;
-    for access in [read(2), write(2)] {
-        vm.access(access)?;
-    }
+    vm.accesses(&[read(2), write(2)])?;
     change(&vm, 2, Change::Writable)?;
     vm.access(write(2))?;
     change(&vm, 3, Change::Unmap)?;
     vm.access(read(3))?;
     // Never touched: the system's page of zeros, and a copy of it when it is written.
-    for access in [read(8), write(8), read(8)] {
-        vm.access(access)?;
-    }
+    vm.accesses(&[read(8), write(8), read(8)])?;
     vm.end()
 }
 
@@ -179,49 +155,39 @@ fn huge_pages(marks: &File) -> Result<()> {
     let backing = huge_backing()?;
     let mut vm = Vm::new(marks, "with huge pages", &[])?;
     vm.set_slot(1, HUGE, &backing, Slot::Plain)?;
-    for access in [
+    vm.accesses(&[
         Access::Read(HUGE),
         Access::Write(HUGE + 3 * PAGE, 1),
         Access::Execute(HUGE + 5 * PAGE),
         Access::Write(HUGE + (2 << 20), 2),
-    ] {
-        vm.access(access)?;
-    }
+    ])?;
     vm.set_slot(1, HUGE, &backing, Slot::Logging)?;
-    for access in [
+    vm.accesses(&[
         Access::Read(HUGE),
         Access::Write(HUGE + 7 * PAGE, 3),
         Access::Write(HUGE + (2 << 20) + PAGE, 4),
-    ] {
-        vm.access(access)?;
-    }
+    ])?;
     vm.dirty_log(1, HUGE_SIZE)?;
     vm.access(Access::Write(HUGE + 7 * PAGE, 5))?;
     vm.set_slot(1, HUGE, &backing, Slot::Plain)?;
-    for access in [
+    vm.accesses(&[
         Access::Read(HUGE + PAGE),
         Access::Write(HUGE + 8 * PAGE, 6),
         Access::Write(HUGE + (2 << 20) + 2 * PAGE, 7),
-    ] {
-        vm.access(access)?;
-    }
+    ])?;
     // A slot that logs from the start is mapped with small pages.
     vm.delete_slot(1)?;
     vm.set_slot(1, HUGE, &backing, Slot::Logging)?;
-    for access in [
+    vm.accesses(&[
         Access::Read(HUGE),
         Access::Write(HUGE, 8),
         Access::Write(HUGE + PAGE, 9),
-    ] {
-        vm.access(access)?;
-    }
+    ])?;
     vm.set_slot(1, HUGE, &backing, Slot::Plain)?;
     vm.access(Access::Write(HUGE, 10))?;
     vm.mark("call: discard a small page of a huge one")?;
     backing.change(9 * PAGE as usize, PAGE as usize, Change::Discard)?;
-    for access in [Access::Read(HUGE), Access::Write(HUGE + 9 * PAGE, 11)] {
-        vm.access(access)?;
-    }
+    vm.accesses(&[Access::Read(HUGE), Access::Write(HUGE + 9 * PAGE, 11)])?;
     vm.end()
 }
 
@@ -237,33 +203,23 @@ fn manual_logging(marks: &File) -> Result<()> {
     let mut vm = Vm::new(marks, "with manual clearing", &capabilities)?;
     vm.set_slot(1, SMALL, &small, Slot::Plain)?;
     vm.set_slot(2, HUGE, &huge, Slot::Plain)?;
-    for access in [write(1), write(2), Access::Write(HUGE, 1)] {
-        vm.access(access)?;
-    }
+    vm.accesses(&[write(1), write(2), Access::Write(HUGE, 1)])?;
     vm.set_slot(1, SMALL, &small, Slot::Logging)?;
     vm.set_slot(2, HUGE, &huge, Slot::Logging)?;
-    for access in [write(1), Access::Write(HUGE + PAGE, 2)] {
-        vm.access(access)?;
-    }
+    vm.accesses(&[write(1), Access::Write(HUGE + PAGE, 2)])?;
     vm.dirty_log(1, SMALL_SIZE)?;
     vm.clear_dirty_log(1, 0, 0b110)?;
-    for access in [write(2), read(1)] {
-        vm.access(access)?;
-    }
+    vm.accesses(&[write(2), read(1)])?;
     vm.clear_dirty_log(1, 0, u64::MAX)?;
     vm.dirty_log(1, SMALL_SIZE)?;
     vm.access(write(1))?;
     vm.clear_dirty_log(2, 64, 0b11)?;
-    for access in [
+    vm.accesses(&[
         Access::Write(HUGE + 64 * PAGE, 3),
         Access::Write(HUGE + 66 * PAGE, 4),
-    ] {
-        vm.access(access)?;
-    }
+    ])?;
     vm.delete_slot(1)?;
-    for access in [read(1), Access::Write(HUGE + 64 * PAGE, 5)] {
-        vm.access(access)?;
-    }
+    vm.accesses(&[read(1), Access::Write(HUGE + 64 * PAGE, 5)])?;
     vm.set_slot(2, HUGE, &huge, Slot::Plain)?;
     vm.access(Access::Write(HUGE + 65 * PAGE, 6))?;
     vm.delete_slot(2)?;
@@ -278,14 +234,10 @@ fn rings(marks: &File) -> Result<()> {
     let mut vm = Vm::new(marks, "with dirty rings", &capabilities)?;
     let mut ring = Ring::of(vm.vcpu())?;
     vm.set_slot(1, SMALL, &backing, Slot::Logging)?;
-    for access in [write(1), read(2), write(2), write(3)] {
-        vm.access(access)?;
-    }
+    vm.accesses(&[write(1), read(2), write(2), write(3)])?;
     vm.mark(&format!("exit: dirty {:x?}", ring.harvest()))?;
     vm.reset_dirty_rings()?;
-    for access in [write(3), write(3), write(1)] {
-        vm.access(access)?;
-    }
+    vm.accesses(&[write(3), write(3), write(1)])?;
     vm.mark(&format!("exit: dirty {:x?}", ring.harvest()))?;
     vm.reset_dirty_rings()?;
     vm.end()
@@ -296,27 +248,23 @@ fn executed_huge_pages(marks: &File) -> Result<()> {
     let backing = huge_backing()?;
     let mut vm = Vm::new(marks, "with huge pages that are not executable", &[])?;
     vm.set_slot(1, HUGE, &backing, Slot::Plain)?;
-    for access in [
+    vm.accesses(&[
         Access::Read(HUGE),
         Access::Execute(HUGE + 5 * PAGE),
         Access::Write(HUGE + 6 * PAGE, 1),
         // Executed first.
         Access::Execute(HUGE + (2 << 20) + 5 * PAGE),
         Access::Write(HUGE + (2 << 20), 2),
-    ] {
-        vm.access(access)?;
-    }
+    ])?;
     vm.delete_slot(1)?;
     vm.set_slot(1, HUGE, &backing, Slot::Plain)?;
     vm.access(Access::Write(HUGE, 3))?;
     vm.set_slot(1, HUGE, &backing, Slot::Logging)?;
-    for access in [
+    vm.accesses(&[
         Access::Read(HUGE),
         Access::Write(HUGE + PAGE, 4),
         Access::Write(HUGE + 2 * PAGE, 5),
-    ] {
-        vm.access(access)?;
-    }
+    ])?;
     vm.dirty_log(1, HUGE_SIZE)?;
     vm.access(Access::Write(HUGE + PAGE, 6))?;
     vm.set_slot(1, HUGE, &backing, Slot::Plain)?;

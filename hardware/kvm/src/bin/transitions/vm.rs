@@ -135,6 +135,11 @@ impl<'a> Vm<'a> {
         Ok(())
     }
 
+    /// Has the guest make one access after the other.
+    pub fn accesses(&mut self, accesses: &[Access]) -> Result<()> {
+        accesses.iter().try_for_each(|access| self.access(*access))
+    }
+
     /// Makes a slot of all of `backing`, or changes it.
     pub fn set_slot(&self, slot: u32, gpa: u64, backing: &Backing, kind: Slot) -> Result<()> {
         self.mark(&format!("call: slot {slot} at {gpa:#x}, {kind:?}"))?;
