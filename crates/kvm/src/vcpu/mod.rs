@@ -35,9 +35,9 @@ use crate::vm::Vm;
 use crate::{cpuid, tsc, usercopy};
 use exit::Answer;
 use kvm_bindings::{
-    KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED,
-    kvm_cpuid_entry2, kvm_debugregs, kvm_fpu, kvm_guest_debug, kvm_lapic_state, kvm_mp_state,
-    kvm_msr_entry, kvm_regs, kvm_sregs, kvm_sregs2, kvm_translation, kvm_vcpu_events, kvm_xcrs,
+    KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, kvm_cpuid_entry2, kvm_debugregs, kvm_fpu,
+    kvm_guest_debug, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_sregs2,
+    kvm_translation, kvm_vcpu_events, kvm_xcrs,
 };
 use lapic::Lapic;
 use run_page::{RunPage, mapping_check};
@@ -103,7 +103,8 @@ pub(crate) struct VcpuState {
 impl VcpuState {
     /// A CPUID table with the parts that follow CR4 and XCR0 as they are now.
     fn current_cpuid(&self, table: &[kvm_cpuid_entry2]) -> Vec<kvm_cpuid_entry2> {
-        let current = |entry| cpuid::from_processor(&self.cpu.current_cpuid(cpuid::to_processor(entry)));
+        let current =
+            |entry| cpuid::from_processor(&self.cpu.current_cpuid(cpuid::to_processor(entry)));
         table
             .iter()
             .map(|entry| kvm_cpuid_entry2 {
@@ -387,10 +388,7 @@ impl Vcpu {
             return Err(Errno::INVAL);
         }
         self.vm.offer_nesting(&self.core, cpuid::is_nested(table))?;
-        // A trust domain's processor is told by the TDX module.
-        if self.vm.td().is_none() {
-            state.cpu.set_cpuid(processor_table(table));
-        }
+        state.cpu.set_cpuid(processor_table(table));
         state.cpuid = table.to_vec();
         Ok(())
     }
@@ -399,7 +397,11 @@ impl Vcpu {
     /// now.
     pub fn get_cpuid2(&self) -> Vec<kvm_cpuid_entry2> {
         let state = self.state();
-        state.current_cpuid(&state.cpuid)
+        match state.td {
+            None => state.current_cpuid(&state.cpuid),
+            // Those registers of a trust domain are its own.
+            Some(_) => state.cpuid.clone(),
+        }
     }
 
     /// `KVM_GET_MSRS`: fills in the values up to the first register that the vCPU does not have.
