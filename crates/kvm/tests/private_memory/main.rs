@@ -174,18 +174,4 @@ impl Protected {
         let file = self.file.as_ref().unwrap();
         abi::fallocate(file.0, mode, offset, length).unwrap()
     }
-
-    /// A counter of the vCPU's statistics.
-    fn counter(&self, name: &str) -> u64 {
-        let stats = self.vcpu.descriptor(KVM_GET_STATS_FD, 0);
-        let bytes = stats.read_at(1 << 16, 0);
-        let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
-        let (name_size, count, first, data) = (word(4), word(8), word(16), word(20));
-        let descriptor = (0..count)
-            .map(|number| first + number * (16 + name_size))
-            .find(|at| bytes[at + 16..].starts_with(format!("{name}\0").as_bytes()))
-            .unwrap();
-        let at = data + word(descriptor + 8);
-        u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
-    }
 }

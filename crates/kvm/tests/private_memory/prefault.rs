@@ -9,7 +9,7 @@ fn row_28_the_guest_touches_what_was_prefaulted_without_an_exit() {
     let all = guest.prefault(DATA, PAGES * PAGE);
     assert_eq!(all, (Ok(0), DATA + PAGES * PAGE, 0));
     assert_eq!(guest.read(0), 0);
-    let before = guest.counter("pf_taken");
+    let before = guest.vcpu.counter("pf_taken");
     for page in 4..8 {
         guest.write(page, 7);
     }
@@ -17,7 +17,7 @@ fn row_28_the_guest_touches_what_was_prefaulted_without_an_exit() {
         let expected = if (4..8).contains(&page) { 7 } else { 0 };
         assert_eq!(guest.read(page), expected);
     }
-    assert_eq!(guest.counter("pf_taken"), before);
+    assert_eq!(guest.vcpu.counter("pf_taken"), before);
 }
 
 #[test]

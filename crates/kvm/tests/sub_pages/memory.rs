@@ -147,12 +147,12 @@ fn writes_beside_a_guarded_piece_leave_the_guest_only_for_the_first() {
     let guarded = Guarded::new();
     guarded.protect(0, &[!(1 << 9)]);
     assert_eq!(guarded.store(DATA, 1), End::Halt);
-    let before = guarded.counter("exits");
+    let before = guarded.vcpu.counter("exits");
     // 1: mov [rdi], rcx; mov [rdi+0x500], rcx; loop 1b
     let code = [0x48, 0x89, 0x0f, 0x48, 0x89, 0x8f, 0, 5, 0, 0, 0xe2, 0xf4];
     let end = guarded.execute(&code, |regs| (regs.rdi, regs.rcx) = (DATA, 10_000));
     assert_eq!(end, End::Halt);
-    assert_eq!(guarded.counter("exits") - before, 1, "the HLT");
+    assert_eq!(guarded.vcpu.counter("exits") - before, 1, "the HLT");
     assert_eq!(guarded.word(DATA + 0x500), 1);
 }
 
