@@ -5,7 +5,7 @@ debian_kernel() {
     folder=$1
     [ ! -e "$folder/complete" ] || return 0
     command -v apt-get >/dev/null || return 1
-    rm -rf "$folder"
+    rm -rf "${folder:?}"
     mkdir -p "$folder/lists/partial" "$folder/modules"
     # Debian 12 has this kernel among its backports, which are not among a machine's sources as a rule.
     echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]" \
@@ -24,6 +24,6 @@ debian_kernel() {
             '*/irqbypass.ko.xz' '*/ccp.ko.xz' '*/kvm.ko.xz' '*/kvm-amd.ko.xz' &&
         mv boot/vmlinuz-* vmlinuz && find lib -name '*.ko.xz' -exec mv {} modules \;) || return 1
     echo "$package" >"$folder/name"
-    rm -rf "$folder/lists" "$folder"/*.deb "$folder/lib" "$folder/boot"
+    rm -rf "${folder:?}/lists" "${folder:?}"/*.deb "${folder:?}/lib" "${folder:?}/boot"
     touch "$folder/complete"
 }
