@@ -67,6 +67,30 @@ pub struct VeInfo {
     pub instruction_length: u8,
 }
 
+impl VeInfo {
+    /// About an access that an EPT violation with this qualification refused.
+    pub const fn of_violation(gpa: Gpa, qualification: u64, gla: u64) -> Self {
+        Self {
+            reason: reason::EPT_VIOLATION,
+            qualification,
+            gla,
+            gpa,
+            instruction_length: 0,
+        }
+    }
+
+    /// About an instruction of `length` bytes that is not executed.
+    pub const fn of_instruction(reason: u32, qualification: u64, length: u8) -> Self {
+        Self {
+            reason,
+            qualification,
+            gla: 0,
+            gpa: Gpa::new(0),
+            instruction_length: length,
+        }
+    }
+}
+
 /// The information page still holds what nobody has taken.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct VeBusy;
@@ -114,13 +138,7 @@ impl Core {
         if !refusal.convertible || self.real_mode() || self.delivering {
             return self.leave(refusal.exit);
         }
-        let info = VeInfo {
-            reason: reason::EPT_VIOLATION,
-            qualification,
-            gla,
-            gpa,
-            instruction_length: 0,
-        };
+        let info = VeInfo::of_violation(gpa, qualification, gla);
         match self.write_ve(control.page, &info) {
             Err(Unraised::Busy) => self.leave(refusal.exit),
             Err(Unraised::Vanished(place)) => self.vanished(place),

@@ -118,13 +118,7 @@ fn real_mode_never_sees_one() {
 #[test]
 fn an_injected_one_is_delivered_at_the_instruction_it_is_about() {
     let mut guest = storing(STORE);
-    let info = VeInfo {
-        reason: reason::HLT,
-        qualification: 0,
-        gla: 0,
-        gpa: Gpa::new(0),
-        instruction_length: 1,
-    };
+    let info = VeInfo::of_instruction(reason::HLT, 0, 1);
     guest.cpu.inject_ve(&info).unwrap();
     assert_eq!(guest.cpu.run(), Exit::Halt);
     assert_eq!(guest.cpu.rip(), HANDLER + 1);

@@ -106,7 +106,9 @@ impl VcpuState {
             *bytes = word.to_le_bytes();
         }
         let present = u64::from_le_bytes(part(&area, offset::XSTATE_BV));
-        if present & !xsave::components() != 0 || area[offset::HEADER_REST].iter().any(|byte| *byte != 0) {
+        if present & !xsave::components() != 0
+            || area[offset::HEADER_REST].iter().any(|byte| *byte != 0)
+        {
             return Err(Errno::INVAL);
         }
         let mxcsr = u32::from_le_bytes(part(&area, offset::MXCSR));

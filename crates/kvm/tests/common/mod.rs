@@ -9,6 +9,8 @@
     clippy::expect_used
 )]
 
+pub mod td;
+
 use rustix::mm::{MapFlags, ProtFlags};
 use std::os::fd::{BorrowedFd, RawFd};
 use std::ptr;

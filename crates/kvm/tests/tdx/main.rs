@@ -11,6 +11,7 @@ mod regions;
 mod registers;
 mod storm;
 
+use common::td::*;
 use common::*;
 use kvm_bindings::*;
 use twofold_kvm::abi;
@@ -25,104 +26,8 @@ const PAGES: u64 = 16;
 const SHARED_BIT: u64 = 1 << 47;
 const X2APIC: u32 = 1 << 21;
 
-const CAPABILITIES: u32 = 0;
-const INIT_VM: u32 = 1;
-const INIT_VCPU: u32 = 2;
-const INIT_MEM_REGION: u32 = 3;
-const FINALIZE_VM: u32 = 4;
-const GET_CPUID: u32 = 5;
-const MEASURE: u32 = 1;
 const KEEP_SIZE: i32 = libc::FALLOC_FL_KEEP_SIZE;
 const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE;
-const SEPT_VE_DISABLE: u64 = 1 << 28;
-
-/// `struct kvm_tdx_cmd`
-#[derive(Clone, Copy, Debug, Default)]
-#[repr(C)]
-struct Command {
-    id: u32,
-    flags: u32,
-    data: u64,
-    hw_error: u64,
-}
-
-/// `struct kvm_tdx_init_mem_region`
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(C)]
-struct Region {
-    source: u64,
-    gpa: u64,
-    pages: u64,
-}
-
-/// `struct kvm_tdx_init_vm` with room for a few CPUID entries.
-#[derive(Clone, Copy, Debug)]
-#[repr(C)]
-struct InitVm {
-    attributes: u64,
-    xfam: u64,
-    digests: [u64; 18],
-    reserved: [u64; 12],
-    count: u32,
-    padding: u32,
-    entries: [kvm_cpuid_entry2; 4],
-}
-
-impl InitVm {
-    fn new(width: u32) -> Self {
-        let mut entries = [kvm_cpuid_entry2::default(); 4];
-        entries[0].function = 0x8000_0008;
-        entries[0].eax = width << 16;
-        Self {
-            attributes: 0,
-            xfam: 3,
-            digests: [0; 18],
-            reserved: [0; 12],
-            count: 1,
-            padding: 0,
-            entries,
-        }
-    }
-}
-
-fn address<T>(value: &T) -> u64 {
-    std::ptr::from_ref(value).expose_provenance() as u64
-}
-
-/// A command without anything special about it.
-fn command(fd: &Fd, id: u32, flags: u32, data: u64) -> Result<i32, Errno> {
-    let mut command = Command {
-        id,
-        flags,
-        data,
-        hw_error: 0,
-    };
-    fd.with(KVM_MEMORY_ENCRYPT_OP, &mut command)
-}
-
-fn init_vm(vm: &Fd, request: &InitVm) -> Result<i32, Errno> {
-    command(vm, INIT_VM, 0, address(request))
-}
-
-/// Ends the building of a TD, however often the module is busy.
-fn finalize(vm: &Fd) -> Result<i32, Errno> {
-    loop {
-        match command(vm, FINALIZE_VM, 0, 0) {
-            Err(Errno::BUSY) => {}
-            result => return result,
-        }
-    }
-}
-
-fn split_irqchip(vm: &Fd) {
-    let mut cap = kvm_enable_cap {
-        cap: KVM_CAP_SPLIT_IRQCHIP,
-        ..Default::default()
-    };
-    cap.args[0] = 24;
-    assert_eq!(vm.set(KVM_ENABLE_CAP, cap), Ok(0));
-}
-
 /// The table that makes a vCPU fit for a TD.
 fn set_cpuid(vcpu: &Fd) {
     #[repr(C)]

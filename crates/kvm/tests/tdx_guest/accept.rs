@@ -1,5 +1,6 @@
 //! Private memory: faults, ACCEPT and what it answers (SPEC 5.8; row 52).
 
+use crate::common::td::SEPT_VE_DISABLE;
 use crate::common::*;
 use crate::guest::*;
 use crate::stub::Instruction;

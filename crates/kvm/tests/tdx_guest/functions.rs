@@ -1,5 +1,6 @@
 //! Functions of the TDX module that a guest calls, and what KVM answers without the program.
 
+use crate::common::td::SEPT_VE_DISABLE;
 use crate::guest::*;
 use crate::stub::Instruction;
 

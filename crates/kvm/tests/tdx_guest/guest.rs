@@ -1,9 +1,9 @@
 //! A TD with one vCPU that executes what a test tells it to.
 
+use crate::common::td::*;
 use crate::common::*;
 use crate::stub::{self, Instruction, MAILBOX, PAGES, PAGES_AT, SHARED, mailbox, port};
 use kvm_bindings::*;
-use std::ptr;
 
 pub(crate) const PAGE: u64 = 4096;
 /// Private memory, which no guest has accepted.
@@ -35,32 +35,6 @@ pub(crate) const ALIGN_ERROR: u64 = 1 << 63 | 2;
 pub(crate) const UNSUPPORTED: u64 = 1 << 63 | 3;
 pub(crate) const RETRY: u64 = 1;
 
-/// `struct kvm_tdx_cmd` and its commands (KVM API, "Intel Trust Domain Extensions").
-#[repr(C)]
-struct Command {
-    id: u32,
-    flags: u32,
-    data: u64,
-    hw_error: u64,
-}
-const INIT_VM: u32 = 1;
-const INIT_VCPU: u32 = 2;
-const INIT_MEM_REGION: u32 = 3;
-const FINALIZE_VM: u32 = 4;
-const TDX_VM: usize = 5;
-
-/// `struct kvm_tdx_init_vm` with one entry.
-#[repr(C)]
-struct InitVm {
-    attributes: u64,
-    xfam: u64,
-    digests: [u64; 18],
-    reserved: [u64; 12],
-    count: u32,
-    padding: u32,
-    cpuid: [kvm_cpuid_entry2; 1],
-}
-
 /// What a test may choose.
 #[derive(Clone, Copy)]
 pub(crate) struct Options {
@@ -80,9 +54,6 @@ impl Default for Options {
         }
     }
 }
-
-/// ATTRIBUTES: an access to a page that waits to be accepted leaves the guest.
-pub(crate) const SEPT_VE_DISABLE: u64 = 1 << 28;
 
 pub(crate) struct Td {
     pub(crate) vcpu: Fd,
@@ -120,18 +91,6 @@ pub(crate) struct Ve {
     pub(crate) length: u64,
 }
 
-fn command(fd: &Fd, id: u32, flags: u32, data: u64) -> Result<i32, Errno> {
-    let mut command = Command {
-        id,
-        flags,
-        data,
-        hw_error: 0,
-    };
-    let result = fd.with(KVM_MEMORY_ENCRYPT_OP, &mut command);
-    assert!(result == Err(Errno::BUSY) || command.hw_error == 0);
-    result
-}
-
 impl Td {
     pub(crate) fn new() -> Self {
         Self::with(Options::default())
@@ -140,34 +99,19 @@ impl Td {
     /// A TD that waits for its first instruction.
     pub(crate) fn with(options: Options) -> Self {
         let kvm = Fd::open();
-        let vm = kvm.descriptor(KVM_CREATE_VM, TDX_VM);
-        let enable = |cap, argument| {
+        let vm = kvm.descriptor(KVM_CREATE_VM, KVM_X86_TDX_VM as usize);
+        split_irqchip(&vm);
+        if options.map_gpa {
             let mut request = kvm_enable_cap {
-                cap,
+                cap: KVM_CAP_EXIT_HYPERCALL,
                 ..Default::default()
             };
-            request.args[0] = argument;
-            assert_eq!(vm.set(KVM_ENABLE_CAP, request), Ok(0), "{cap}");
-        };
-        enable(KVM_CAP_SPLIT_IRQCHIP, 24);
-        if options.map_gpa {
-            enable(KVM_CAP_EXIT_HYPERCALL, 1 << 12);
+            request.args[0] = 1 << 12;
+            assert_eq!(vm.set(KVM_ENABLE_CAP, request), Ok(0));
         }
-        let mut init = InitVm {
-            attributes: options.attributes,
-            xfam: 3,
-            digests: [0; 18],
-            reserved: [0; 12],
-            count: 1,
-            padding: 0,
-            cpuid: [kvm_cpuid_entry2 {
-                function: 0x8000_0008,
-                eax: (options.shared_bit + 1) << 16,
-                ..Default::default()
-            }],
-        };
-        let init = ptr::from_mut(&mut init).expose_provenance() as u64;
-        command(&vm, INIT_VM, 0, init).unwrap();
+        let mut init = InitVm::new(options.shared_bit + 1);
+        init.attributes = options.attributes;
+        init_vm(&vm, &init).unwrap();
 
         let boot_bytes = PAGES as u64 * PAGE;
         let mut create = kvm_create_guest_memfd {
@@ -220,11 +164,13 @@ impl Td {
         command(&vcpu, INIT_VCPU, 0, 0xfeed).unwrap();
         let source = Memory::new(boot_bytes as usize);
         source.write_bytes(0, &stub::pages(options.shared_bit));
-        let mut region = [source.address(), PAGES_AT, PAGES as u64];
-        let region = ptr::from_mut(&mut region).expose_provenance() as u64;
-        command(&vcpu, INIT_MEM_REGION, 1, region).unwrap();
-        // The module may be busy, as a program has to expect.
-        while command(&vm, FINALIZE_VM, 0, 0).is_err_and(|error| error == Errno::BUSY) {}
+        let region = Region {
+            source: source.address(),
+            gpa: PAGES_AT,
+            pages: PAGES as u64,
+        };
+        command(&vcpu, INIT_MEM_REGION, MEASURE, address(&region)).unwrap();
+        finalize(&vm).unwrap();
         let run = Memory::of_vcpu(&vcpu);
         let td = Self {
             vcpu,

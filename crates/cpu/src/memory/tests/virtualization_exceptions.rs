@@ -270,13 +270,7 @@ fn what_was_injected_is_taken_once_and_blocks_the_next_until_then() {
     let host = Host::new(SecondStageKind::Ept);
     let machine = host.machine();
     let mut cpu = host.cpu(&machine);
-    let info = VeInfo {
-        reason: reason::IO,
-        qualification: 0x3f8_0000,
-        gla: 0,
-        gpa: Gpa::new(0),
-        instruction_length: 2,
-    };
+    let info = VeInfo::of_instruction(reason::IO, 0x3f8_0000, 2);
     assert_eq!(cpu.inject_ve(&info), Err(VeBusy), "there is no page");
     assert_eq!(cpu.take_ve(), None);
     cpu.set_ve(Some(VeControl {

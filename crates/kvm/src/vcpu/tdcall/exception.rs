@@ -5,7 +5,7 @@ use super::super::{Vcpu, VcpuState};
 use crate::td::ProcessPlatform;
 use rustix::io::Errno;
 use twofold_arch::Gpa;
-use twofold_cpu::{Exception, VeInfo, reason, vector};
+use twofold_cpu::{Exception, VeInfo, vector};
 use twofold_tdx::{Entered, Violation};
 
 /// #VE, or #DF if the guest has not taken the information about the one before.
@@ -37,14 +37,7 @@ pub(super) fn absorbs(
         // While an event is being delivered there is no #VE.
         Violation::Ve if delivers_event(state) => Ok(false),
         Violation::Ve => {
-            let info = VeInfo {
-                reason: reason::EPT_VIOLATION,
-                qualification,
-                gla,
-                gpa,
-                instruction_length: 0,
-            };
-            inject(state, &info);
+            inject(state, &VeInfo::of_violation(gpa, qualification, gla));
             Ok(true)
         }
         Violation::PendingExit => {

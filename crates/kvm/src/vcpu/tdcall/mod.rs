@@ -40,13 +40,7 @@ pub(super) fn inside(
             qualification,
             length,
         } => {
-            let info = VeInfo {
-                reason,
-                qualification,
-                gla: 0,
-                gpa: twofold_arch::Gpa::new(0),
-                instruction_length: length,
-            };
+            let info = VeInfo::of_instruction(reason, qualification, length);
             exception::inject(state, &info);
             None
         }
