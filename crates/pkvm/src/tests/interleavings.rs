@@ -9,7 +9,7 @@ use crate::vm::Handle;
 use loom::sync::Arc;
 use loom::thread;
 use std::sync::atomic::Ordering::SeqCst;
-use twofold_arch::Gfn;
+use twofold_arch::{Gfn, Hfn};
 
 const PLACE: Place = Place(16);
 /// A guest's call.
@@ -68,6 +68,15 @@ fn on_processor<T: 'static>(
         become_processor(number);
         body(world.hyp())
     })
+}
+
+/// A protected VM, and the one page that its guest has.
+fn start_with_a_page(hyp: &Hyp<'_>) -> (Handle, Hfn, Gfn) {
+    let tables = [Ram::page(40), Ram::page(41)];
+    let handle = start(hyp, PLACE, true, &tables);
+    let (page, gfn) = (Ram::page(44), Gfn::new(3));
+    with(hyp, handle, || hyp.donate_guest(page, gfn)).unwrap();
+    (handle, page, gfn)
 }
 
 #[test]
@@ -208,10 +217,7 @@ fn a_forced_reclaim_beside_an_orderly_one_wipes_the_page_once_and_for_all() {
     explore(|| {
         let world = Arc::new(World::new());
         let hyp = world.hyp();
-        let tables = [Ram::page(40), Ram::page(41)];
-        let handle = start(hyp, PLACE, true, &tables);
-        let (page, gfn) = (Ram::page(44), Gfn::new(3));
-        with(hyp, handle, || hyp.donate_guest(page, gfn)).unwrap();
+        let (handle, page, gfn) = start_with_a_page(hyp);
         hyp.start_teardown_vm(handle).unwrap();
         let other = on_processor(&world, 1, move |hyp| hyp.force_reclaim_guest_page(page));
         let mine = hyp.reclaim_dying_guest_page(handle, gfn);
@@ -232,10 +238,7 @@ fn a_page_that_a_guest_shows_while_the_host_takes_it_is_shown_or_taken() {
     explore(|| {
         let world = Arc::new(World::new());
         let hyp = world.hyp();
-        let tables = [Ram::page(40), Ram::page(41)];
-        let handle = start(hyp, PLACE, true, &tables);
-        let (page, gfn) = (Ram::page(44), Gfn::new(3));
-        with(hyp, handle, || hyp.donate_guest(page, gfn)).unwrap();
+        let (handle, page, gfn) = start_with_a_page(hyp);
         hyp.platform().word(page, 5).store(7, SeqCst);
         let other = on_processor(&world, 1, move |hyp| {
             guest_call(hyp, handle, [MEM_SHARE, gfn.address().get(), 0, 0])
@@ -258,10 +261,7 @@ fn the_end_of_a_vm_waits_for_the_last_page_to_be_reclaimed() {
     explore(|| {
         let world = Arc::new(World::new());
         let hyp = world.hyp();
-        let tables = [Ram::page(40), Ram::page(41)];
-        let handle = start(hyp, PLACE, true, &tables);
-        let (page, gfn) = (Ram::page(44), Gfn::new(3));
-        with(hyp, handle, || hyp.donate_guest(page, gfn)).unwrap();
+        let (handle, page, gfn) = start_with_a_page(hyp);
         hyp.start_teardown_vm(handle).unwrap();
         let other = on_processor(&world, 1, move |hyp| {
             hyp.reclaim_dying_guest_page(handle, gfn)

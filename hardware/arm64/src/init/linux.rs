@@ -42,6 +42,16 @@ pub(crate) fn open(name: &core::ffi::CStr) -> i64 {
     call(56, [HERE, path(name), READ_WRITE_SYNC, 0, 0, 0])
 }
 
+/// Closes a file.
+pub(crate) fn close(file: i64) {
+    call(57, [file as u64, 0, 0, 0, 0, 0]);
+}
+
+/// Asks a device; its answer, or an error.
+pub(crate) fn control(file: i64, request: u64, argument: u64) -> i64 {
+    call(29, [file as u64, request, argument, 0, 0, 0])
+}
+
 /// Maps a page of a file for reading; its address, or an error.
 pub(crate) fn map(file: i64, offset: u64) -> i64 {
     const READ: u64 = 1;
