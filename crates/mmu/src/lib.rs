@@ -5,6 +5,10 @@
 //! [`Mmu::load_root`] to its virtual processors, hands their faults to [`Mmu::fault`], and
 //! announces changes of its own memory with [`Mmu::host_change`].
 //!
+//! The VM may be a TD, whose private memory is mapped by tables that the TDX module owns: then the
+//! MMU keeps a mirror of them ([`mirror`]) and asks their owner for every change
+//! ([`ExternalTables`]).
+//!
 //! The worked example is `hardware/x86` in this project's repository: a bare-metal hypervisor for
 //! EPT and nested paging (`docs/hardware.md`).
 #![cfg_attr(not(any(loom, shuttle)), no_std)]

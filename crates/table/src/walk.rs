@@ -130,6 +130,7 @@ impl<'s, F: Format, S: Storage> Table<'s, F, S> {
     }
 
     /// The first address beyond what the root covers.
+    #[inline(always)]
     pub fn end(&self) -> u64 {
         let end = F::bytes(self.root.height.above()).saturating_mul(self.root.pages as u64);
         end.wrapping_sub(self.base)

@@ -67,7 +67,7 @@ fn narrow() -> Config {
 type Work<F> = Box<dyn FnOnce(&Machine<F>) + Send>;
 
 /// Runs each piece of work in a thread of its own.
-fn together<F: Processor>(machine: &Arc<Machine<F>>, work: Vec<Work<F>>) {
+fn together<M: Send + Sync + 'static>(machine: &Arc<M>, work: Vec<Box<dyn FnOnce(&M) + Send>>) {
     let threads: Vec<_> = work
         .into_iter()
         .map(|work| {

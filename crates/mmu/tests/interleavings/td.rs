@@ -2,8 +2,8 @@
 //! another thread may go on, too.
 
 use crate::common::td::{PRIVATE, TdMachine};
-use crate::explore;
-use shuttle::thread::{self, yield_now as give_way};
+use crate::{explore, together};
+use shuttle::thread::yield_now as give_way;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use twofold_arch::Level;
@@ -30,19 +30,6 @@ fn running(accepted: &[u64]) -> Arc<TdMachine> {
     }
     machine.td.leave(0);
     machine
-}
-
-fn together(machine: &Arc<TdMachine>, work: Vec<Work>) {
-    let threads: Vec<_> = work
-        .into_iter()
-        .map(|work| {
-            let machine = Arc::clone(machine);
-            thread::spawn(move || work(&machine))
-        })
-        .collect();
-    for thread in threads {
-        thread.join().unwrap();
-    }
 }
 
 fn finish(machine: Arc<TdMachine>) {
