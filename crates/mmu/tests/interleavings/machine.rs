@@ -567,7 +567,6 @@ impl<F: Processor> Machine<F> {
                 Ok(Outcome::SubPageDenied) => return Access::Denied,
                 Ok(Outcome::Fixed { .. } | Outcome::Spurious) => {}
                 Ok(Outcome::Mmio) => return Access::Mmio,
-                Ok(Outcome::SubPageDenied) => panic!("no sub-page is protected"),
                 Ok(Outcome::Retry) => thread::yield_now(),
                 Ok(Outcome::ObsoleteRoot) => {
                     cpu.root = self.mmu.load_root(RootRole::NORMAL).unwrap();
