@@ -456,6 +456,10 @@ pub(crate) fn rows(meter: Meter) -> Result<Vec<Row>> {
         .ours(|| td.timed_conversion())
         .peer("a software-protected VM", || software.timed_conversion())
         .run(meter)?;
-    let convert = row(what, convert, "BLOCK and REMOVE of each page, a TRACK for 64");
+    let convert = row(
+        what,
+        convert,
+        "BLOCK and REMOVE of each page, a TRACK for 64",
+    );
     Ok(vec![fault, accept, accept_large, convert])
 }

@@ -38,8 +38,9 @@ const FULL: u32 = KVM_SUBPAGE_FULL_ACCESS;
 const STORE: &[u8] = &[
     0xe6, 0x10, 0x48, 0x89, 0x0f, 0x48, 0xff, 0xc9, 0x75, 0xf8, 0xe6, 0x10,
 ];
-/// 1: out 0x10, al; jmp 1b
-const OUT: &[u8] = &[0xe6, 0x10, 0xeb, 0xfc];
+/// nop; 1: out 0x10, al; jmp 1b. The exit that it ends in is completed where it came from, which must
+/// not be where the next piece of code begins.
+const OUT: &[u8] = &[0x90, 0xe6, 0x10, 0xeb, 0xfc];
 
 fn main() -> Result<()> {
     let kvm = Kvm::new().context("opening /dev/kvm")?;
@@ -202,7 +203,7 @@ impl Guest {
         self.call(KVM_SUBPAGES_SET_ACCESS, &mut request)
     }
 
-    /// Maps for 512 pages that the guest has mapped, always others.
+    /// Maps for 512 pages, always others.
     fn set_region(&mut self) -> Result<f64> {
         let start = now();
         for round in 0..CALLS {
