@@ -3,7 +3,8 @@
 //! A frame without a map of its own may be written as a whole, which is what almost all are; so
 //! memory is needed only for 2M regions in which a page was ever protected, and slots come and go
 //! without any. Counts say of each gigabyte and each region how many of its frames are protected:
-//! whether a huge page may be there is one look at a count.
+//! whether a huge page may be there is one look at a count. A filter of one bit for each class of
+//! regions spares the way to the counts wherever no region of the class has a protected frame.
 //!
 //! Reading takes no lock and may go on while one writer changes things: it sees each map as it was
 //! before the change or as it is after. Nothing is freed before the whole is dropped.
@@ -37,12 +38,25 @@ struct Gigabyte {
     regions: Once<Box<[Region]>>,
 }
 
+/// Classes of regions: those of one gigabyte are all different.
+const CLASSES: usize = REGIONS;
+
 /// The access maps of one address space. All are full at first.
 #[derive(Debug)]
 pub(crate) struct AccessMaps {
     gigabytes: Gigabytes<Gigabyte>,
     /// Frames whose map is not full.
     protected: AtomicU64,
+    /// The bit of each class in which some frame is protected.
+    filter: [AtomicU64; CLASSES / 64],
+    /// Protected frames of each class, once there was any.
+    classes: Once<Box<[AtomicU32]>>,
+}
+
+/// The number of the class of the region that holds `gfn`.
+#[inline(always)]
+const fn class(gfn: Gfn) -> usize {
+    (gfn.get() / REGION) as usize % CLASSES
 }
 
 /// The access maps of one 2M region.
@@ -94,6 +108,8 @@ impl AccessMaps {
         Self {
             gigabytes: Gigabytes::new(address_bits),
             protected: AtomicU64::new(0),
+            filter: [const { AtomicU64::new(0) }; CLASSES / 64],
+            classes: Once::new(),
         }
     }
 
@@ -106,6 +122,35 @@ impl AccessMaps {
     #[inline(always)]
     pub(crate) fn protect_any(&self) -> bool {
         self.protected.load(Ordering::Acquire) != 0
+    }
+
+    /// Whether any frame of the page of this level around `gfn` may be protected. To be asked
+    /// first, since it is a glance.
+    #[inline(always)]
+    pub(crate) fn may_protect(&self, gfn: Gfn, level: Level) -> bool {
+        if level > Level::L2M {
+            return true;
+        }
+        let class = class(gfn);
+        self.filter[class / 64].load(Ordering::Acquire) >> (class % 64) & 1 != 0
+    }
+
+    /// One frame of the class is protected that was not, or the other way round.
+    fn count_in_class(&self, gfn: Gfn, protected: bool) {
+        let class = class(gfn);
+        let (Some(word), Some(count)) = (
+            self.filter.get(class / 64),
+            self.classes.get().and_then(|counts| counts.get(class)),
+        ) else {
+            return;
+        };
+        let bit = 1 << (class % 64);
+        if protected {
+            count.fetch_add(1, Ordering::Relaxed);
+            word.fetch_or(bit, Ordering::AcqRel);
+        } else if count.fetch_sub(1, Ordering::Relaxed) == 1 {
+            word.fetch_and(!bit, Ordering::AcqRel);
+        }
     }
 
     /// The maps of the 2M region that holds `gfn`.
@@ -139,7 +184,8 @@ impl AccessMaps {
         }
     }
 
-    /// Makes sure that [`set`](Self::set) of this frame needs no memory.
+    /// Makes sure that [`set`](Self::set) of any frame of the 2M region around this one needs no
+    /// memory.
     pub(crate) fn reserve(&self, gfn: Gfn) -> Result<(), OutOfMemory> {
         let number = gfn.get() / gigabytes::FRAMES;
         let gigabyte = self.gigabytes.need(number, Gigabyte::new)?;
@@ -149,6 +195,8 @@ impl AccessMaps {
                 maps: Once::new(),
             })
         })?;
+        self.classes
+            .try_call_once(|| allocate(CLASSES, || AtomicU32::new(0)))?;
         let region = gigabyte.region(gfn).ok_or(OutOfMemory)?;
         region
             .maps
@@ -174,8 +222,10 @@ impl AccessMaps {
                 self.protected.fetch_add(1, Ordering::AcqRel);
                 gigabyte.protected.fetch_add(1, Ordering::AcqRel);
                 region.protected.fetch_add(1, Ordering::AcqRel);
+                self.count_in_class(gfn, true);
             }
             (false, true) => {
+                self.count_in_class(gfn, false);
                 region.protected.fetch_sub(1, Ordering::AcqRel);
                 gigabyte.protected.fetch_sub(1, Ordering::AcqRel);
                 self.protected.fetch_sub(1, Ordering::AcqRel);
@@ -241,6 +291,11 @@ mod tests {
                 }
             }
             prop_assert_eq!(maps.protect_any(), !model.is_empty());
+            for region in 0..512 {
+                let of_class = model.keys().any(|gfn| gfn / REGION % 512 == region);
+                let gfn = Gfn::new(region * REGION);
+                prop_assert_eq!(maps.may_protect(gfn, Level::L4K), of_class);
+            }
             for gfn in (0..9).flat_map(|region| region * REGION..region * REGION + 8).chain(
                 [0, 1, 2].map(|n| n * gigabytes::FRAMES)) {
                 let map = model.get(&gfn).copied().unwrap_or(AccessMap::FULL);
@@ -249,6 +304,7 @@ mod tests {
                     let first = gfn / level.frames() * level.frames();
                     let any = model.range(first..first + level.frames()).next().is_some();
                     prop_assert_eq!(maps.protect(Gfn::new(gfn), level), any);
+                    prop_assert!(maps.may_protect(Gfn::new(gfn), level) || !any);
                 }
             }
         }

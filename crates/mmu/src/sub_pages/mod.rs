@@ -24,6 +24,7 @@ use crate::host::Host;
 use crate::mmu::{Mmu, Writer};
 use crate::region::ADDRESS_SPACES;
 use crate::spte::{self, AdBits, PRIVATE};
+use crate::sync::atomic::{AtomicBool, Ordering};
 use core::ops::Range;
 use maps::AccessMaps;
 use spin::Once;
@@ -64,6 +65,8 @@ pub(crate) struct SubPages {
     /// The sub-page permission tables, once they are enabled.
     roots: Once<[RootTable; ADDRESS_SPACES]>,
     maps: [AccessMaps; ADDRESS_SPACES],
+    /// Whether any frame of any address space is protected: all that a fault looks at where none is.
+    any: AtomicBool,
 }
 
 impl SubPages {
@@ -73,6 +76,7 @@ impl SubPages {
         Self {
             roots: Once::new(),
             maps: core::array::from_fn(|_| AccessMaps::new(bits)),
+            any: AtomicBool::new(false),
         }
     }
 
@@ -91,6 +95,18 @@ impl SubPages {
         self.maps
             .get(usize::from(as_id))
             .filter(|maps| maps.protect_any())
+    }
+
+    /// Whether any frame of any address space is protected.
+    #[inline(always)]
+    fn any(&self) -> bool {
+        self.any.load(Ordering::Acquire)
+    }
+
+    /// Maps have changed. The caller holds the writers' lock.
+    fn changed(&self) {
+        let any = self.maps.iter().any(AccessMaps::protect_any);
+        self.any.store(any, Ordering::Release);
     }
 }
 
@@ -126,16 +142,15 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     /// writers' lock. Nothing of this concerns private memory.
     #[inline(always)]
     pub(crate) fn guards(&self, as_id: u16, gfn: Gfn, level: Level) -> bool {
-        match self.sub_pages.in_use(as_id) {
-            None => false,
-            // Apart, so that faults where nothing is protected stay small.
-            Some(maps) => Self::guards_in(maps, gfn, level),
-        }
+        self.sub_pages.any() && self.guards_there(as_id, gfn, level)
     }
 
+    /// Apart, so that faults where nothing is protected stay small.
+    #[cold]
     #[inline(never)]
-    fn guards_in(maps: &AccessMaps, gfn: Gfn, level: Level) -> bool {
-        maps.protect(gfn, level)
+    fn guards_there(&self, as_id: u16, gfn: Gfn, level: Level) -> bool {
+        let maps = self.sub_pages.in_use(as_id);
+        maps.is_some_and(|maps| maps.may_protect(gfn, level) && maps.protect(gfn, level))
     }
 
     /// The access map of a frame, which means nothing while the frame is private.
@@ -147,17 +162,17 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
     /// Whether the processor's report is about a write that the frame's access map forbids.
     #[inline(always)]
     pub(crate) fn denies(&self, as_id: u16, fault: Fault) -> bool {
-        fault.error.is_write()
-            && self
-                .sub_pages
-                .in_use(as_id)
-                .is_some_and(|maps| self.judge(maps, fault))
+        fault.error.is_write() && self.sub_pages.any() && self.judge(as_id, fault)
     }
 
     #[cold]
     #[inline(never)]
-    fn judge(&self, maps: &AccessMaps, fault: Fault) -> bool {
+    fn judge(&self, as_id: u16, fault: Fault) -> bool {
         let gfn = fault.gpa.frame();
+        let maps = self.sub_pages.in_use(as_id);
+        let Some(maps) = maps.filter(|maps| maps.may_protect(gfn, Level::L4K)) else {
+            return false;
+        };
         let map = maps.get(gfn);
         if map == AccessMap::FULL || self.is_private(gfn) {
             return false;
@@ -246,8 +261,13 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             return Ok(());
         }
         let protected = || frames().filter(|(_, map)| *map != AccessMap::FULL);
+        let mut reserved = None;
         for (gfn, _) in protected() {
-            space.reserve(gfn).map_err(|_| SubPageError::OutOfMemory)?;
+            let region = Some(gfn.align_down(Level::L2M.frames()));
+            if reserved != region {
+                space.reserve(gfn).map_err(|_| SubPageError::OutOfMemory)?;
+                reserved = region;
+            }
         }
         // Nothing can fail any more: huge leaves that cannot be split go as a whole.
         if let (Some((from, _)), Some((to, _))) = (protected().next(), protected().last()) {
@@ -261,6 +281,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             for (gfn, map) in frames() {
                 space.set(gfn, map);
             }
+            self.sub_pages.changed();
             // Faults that have read the old maps publish what those allow; after them nobody does.
             let _readers = self.synchronize(&mut writer);
             let cut = self.cut_vectors(&writer, as_id, &gfns);
@@ -353,6 +374,7 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
         if let Some(maps) = self.sub_pages.maps.get(usize::from(as_id)) {
             maps.clear(gfns);
         }
+        self.sub_pages.changed();
         if self.cut_vectors(writer, as_id, gfns) {
             self.flush(gfns.start.address()..gfns.end.address());
             self.remove_cut_vectors(writer, as_id, gfns);

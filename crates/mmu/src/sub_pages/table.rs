@@ -10,13 +10,15 @@ use crate::region::ADDRESS_SPACES;
 use crate::root::{Root, RootRole};
 use crate::tables::Pages;
 use core::ops::Range;
-use twofold_arch::sppt::{self, WriteVector};
+use twofold_arch::sppt::{self, AccessMap, WriteVector};
 use twofold_arch::{Gfn, Gpa, Hpa, Level};
 use twofold_table::sppt::{Sppt, cut, is_cut};
 use twofold_table::{BuildError, Cursor, Debt, Entry, Format, Height, RootTable, Storage, Table};
 
 /// Entries that point to tables of vectors, 2M each.
 const REGIONS: Height = Height::new(2);
+/// The vector of a frame that is not protected, as most are.
+const FULL: u64 = WriteVector::new(AccessMap::FULL).0;
 /// What a region needs at most that is missed for the first time: a table on each level below the
 /// root.
 const TABLES: usize = Sppt::MAX_HEIGHT.get() as usize - 1;
@@ -85,7 +87,10 @@ impl<F: MmuFormat, H: Host> Mmu<F, H> {
             return Ok(Outcome::Spurious);
         }
         let region = maps.region(gpa.frame());
-        let vector = |gpa: Gpa| WriteVector::new(region.get(gpa.frame())).0;
+        let vector = |gpa: Gpa| match region.get(gpa.frame()) {
+            AccessMap::FULL => FULL,
+            map => WriteVector::new(map).0,
+        };
         let range = Gpa::new(start)..Gpa::new(start + Level::L2M.bytes());
         match table.link_range(seen, range, Height::LEAF, vector, &mut memory.pool) {
             Ok(()) => Ok(Outcome::Fixed { level: Level::L2M }),
