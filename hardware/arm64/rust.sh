@@ -4,16 +4,27 @@
 # version for both architectures, are unpacked into a folder of the build directory; nothing is
 # installed, since the packages would take the place of other compilers.
 
-# rust_for_aarch64 FOLDER: exports RUSTC, LD_LIBRARY_PATH and PATH where they are needed. `cargo clippy`
-# is the compiler's own.
+# rust_for_aarch64 FOLDER: exports RUSTC, LD_LIBRARY_PATH and PATH where they are needed. CLIPPY says
+# whether `cargo clippy` is the compiler's own.
 rust_for_aarch64() {
     folder=$1
     libraries=$(rustc --print target-libdir --target aarch64-unknown-linux-gnu 2>/dev/null || true)
     if [ -n "$libraries" ] && ls "$libraries"/libcore-*.rlib >/dev/null 2>&1; then
+        CLIPPY=no
+        cargo clippy --version >/dev/null 2>&1 && CLIPPY=yes
         return 0
     fi
+    CLIPPY=yes
     if [ ! -e "$folder/complete" ] || [ ! -e "$folder/usr/bin/cargo-clippy" ]; then
-        unpack_rust "$folder" || return 1
+        if unpack_rust "$folder.new"; then
+            rm -rf "$folder"
+            mv "$folder.new" "$folder"
+        elif [ -e "$folder/complete" ]; then
+            # From before clippy was among the packages.
+            CLIPPY=no
+        else
+            return 1
+        fi
     fi
     PATH=$folder/usr/bin:$PATH
     RUSTC=$folder/usr/bin/rustc
