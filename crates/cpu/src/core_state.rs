@@ -220,6 +220,16 @@ impl Core {
         })
     }
 
+    /// #NM.
+    #[cold]
+    pub(crate) fn device_not_available(&mut self) -> Trap {
+        self.raise(Exception {
+            vector: vector::NM,
+            error_code: None,
+            payload: None,
+        })
+    }
+
     /// Records why the hypervisor has to act and gives the token for it.
     #[cold]
     pub(crate) fn leave(&mut self, exit: Exit) -> Trap {

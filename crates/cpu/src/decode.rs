@@ -9,7 +9,7 @@ use crate::op::{Handler, Op};
 use crate::trap::{Exit, Trap, UnknownInstruction};
 use crate::{
     bits, control, control_registers, events, far, integer, io, msr, muldiv, protection_keys,
-    random, segments, shifts, simd, stack, strings, syscall, system, system_flags, tables, td,
+    random, segments, shifts, simd, stack, strings, syscall, system, system_flags, tables, td, x87,
     xsave,
 };
 use iced_x86::{
@@ -49,6 +49,7 @@ fn select(form: &Form) -> Option<Handler> {
         .or_else(|| td::select(form))
         .or_else(|| protection_keys::select(form))
         .or_else(|| random::select(form))
+        .or_else(|| x87::select(form))
         .or_else(|| xsave::select(form))
         .or_else(|| simd::select(form))
 }

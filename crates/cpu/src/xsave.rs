@@ -12,7 +12,7 @@ use crate::simd::image::{BEFORE_VECTORS, decode_x87, encode_mxcsr, encode_x87, v
 use crate::simd::{Host, mxcsr};
 use crate::state::{FpuState, cr0, cr4, gpr, xcr0};
 use crate::system::{pair, set_pair};
-use crate::trap::{Exception, Trap, vector};
+use crate::trap::Trap;
 use core::arch::x86_64::{__cpuid, __cpuid_count};
 use iced_x86::Mnemonic as M;
 use std::sync::LazyLock;
@@ -201,11 +201,7 @@ impl Core {
 fn area(core: &mut Core, op: &Op, write: bool, bytes: u64) -> Result<u64, Trap> {
     require_osxsave(core)?;
     if core.cr0 & cr0::TS != 0 {
-        return Err(core.raise(Exception {
-            vector: vector::NM,
-            error_code: None,
-            payload: None,
-        }));
+        return Err(core.device_not_available());
     }
     let linear = if write {
         Segmented::for_write(core, op, bytes)?

@@ -5,7 +5,7 @@ use crate::core_state::Core;
 use crate::form::Form;
 use crate::op::{Address, Handler, Op, Segmented};
 use crate::state::{FpuState, cr0};
-use crate::trap::{Exception, Trap, vector};
+use crate::trap::Trap;
 use iced_x86::Mnemonic as M;
 
 /// Bytes of the image.
@@ -38,11 +38,7 @@ pub(crate) fn vector_count(core: &Core) -> usize {
 /// The address of the image, after the checks that both instructions make.
 fn place(core: &mut Core, op: &Op, write: bool) -> Result<u64, Trap> {
     if core.cr0 & (cr0::EM | cr0::TS) != 0 {
-        return Err(core.raise(Exception {
-            vector: vector::NM,
-            error_code: None,
-            payload: None,
-        }));
+        return Err(core.device_not_available());
     }
     let linear = if write {
         Segmented::for_write(core, op, BYTES)?

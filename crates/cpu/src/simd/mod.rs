@@ -35,7 +35,7 @@ use crate::form::{Form, Kind};
 use crate::mode::Mode;
 use crate::op::{Handler, Op};
 use crate::state::{cr0, cr4};
-use crate::trap::{Exception, Trap, vector};
+use crate::trap::Trap;
 use iced_x86::{CpuidFeature, Mnemonic};
 
 /// The handler for an instruction of this subject. Where SSE is switched off it is one that raises
@@ -86,7 +86,7 @@ fn avx_switched_off(core: &mut Core, _op: &Op) -> Result<(), Trap> {
     if !core.mode.has(Mode::PROTECTED) || !core.avx_is_enabled() {
         return Err(core.invalid_opcode());
     }
-    Err(device_not_available(core))
+    Err(core.device_not_available())
 }
 
 /// SSE is switched off: #UD by CR0.EM or CR4.OSFXSR, else #NM by CR0.TS (SDM Vol. 2, exception
@@ -95,15 +95,7 @@ fn switched_off(core: &mut Core, _op: &Op) -> Result<(), Trap> {
     if core.cr0 & cr0::EM != 0 || core.cr4 & cr4::OSFXSR == 0 {
         return Err(core.invalid_opcode());
     }
-    Err(device_not_available(core))
-}
-
-fn device_not_available(core: &mut Core) -> Trap {
-    core.raise(Exception {
-        vector: vector::NM,
-        error_code: None,
-        payload: None,
-    })
+    Err(core.device_not_available())
 }
 
 /// Which vector extensions the host has beyond SSE2. What it lacks is not executed.

@@ -377,3 +377,33 @@ fn avx_512_is_not_there() {
     let mut guest = guest(&[0x62, 0xf1, 0x7d, 0x48, 0xef, 0xc0], 0);
     assert_eq!(run(&mut guest), Some(vector::UD.into()));
 }
+
+#[test]
+fn a_gather_that_leaves_for_the_hypervisor_is_made_anew() {
+    // vpgatherdd ymm0, [rsi+ymm1], ymm2
+    let mut guest = guest(&[0xc4, 0xe2, 0x6d, 0x90, 0x04, 0x0e], 0);
+    if !has_avx(&guest) {
+        return;
+    }
+    // Four elements in the first page, four in the second, which the hypervisor has not mapped yet.
+    let offset = |i: u32| if i < 4 { 4 * i } else { 0x1000 + 4 * i };
+    let lanes = |at: u32| (0..4).fold(0, |lane, i| lane | u128::from(offset(at + i)) << (32 * i));
+    let mut state = FpuState::default();
+    (state.xmm[1], state.ymm_high[1]) = (lanes(0), lanes(4));
+    (state.xmm[2], state.ymm_high[2]) = (u128::MAX, u128::MAX);
+    guest.cpu.set_fpu(&state);
+    for i in 0..8 {
+        let place = AREA + offset(i) as usize;
+        guest.write(place, &(0x100 + i).to_le_bytes());
+    }
+    let second = (AREA as u64 >> 12) + 1;
+    guest.map(second, false);
+    assert!(matches!(guest.cpu.run(), Exit::SecondStage(_)));
+    assert_eq!(guest.cpu.fpu(), state, "nothing has happened");
+    guest.map(second, true);
+    assert_eq!(run(&mut guest), None);
+    let done = guest.cpu.fpu();
+    let expected = |at: u128| (0..4).fold(0, |lane, i| lane | (0x100 + at + i) << (32 * i));
+    assert_eq!((done.xmm[0], done.ymm_high[0]), (expected(0), expected(4)));
+    assert_eq!((done.xmm[2], done.ymm_high[2]), (0, 0), "the mask");
+}

@@ -76,6 +76,10 @@ impl Generator {
             _ if floating => rng.floats(),
             _ => rng.integers(),
         });
+        // The top of the stack, and which registers are full.
+        registers.st = std::array::from_fn(|_| rng.integers() >> 48);
+        registers.fsw = rng.next() as u16 & 0x3800;
+        registers.ftw = rng.next() as u8;
         if floating && rng.chance(30) {
             // Rounding, DAZ and FTZ; the sticky flags; now and then an unmasked exception.
             registers.mxcsr ^= (rng.next() as u32) & 0xe07f;
