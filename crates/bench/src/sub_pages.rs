@@ -86,6 +86,31 @@ fn every_region(meter: Meter) -> Result<Row> {
     faults(meter, what, protect, "each page's own map is looked at")
 }
 
+/// Work on 512 pages, beside exchanges of as many entries.
+fn for_512_pages(
+    meter: Meter,
+    what: &'static str,
+    ours: impl FnMut() -> Result<f64>,
+    obstacle: &'static str,
+) -> Result<Row> {
+    let entries = Entries::new(PAGES)?;
+    let figures = Contest::new(what)
+        .ours(ours)
+        .floor("locked exchange of 512 entries", || {
+            Ok(per_item(CALLS, || {
+                (0..CALLS).for_each(|_| entries.exchange(0..PAGES, 1));
+            }))
+        })
+        .run(meter)?;
+    Ok(Row {
+        what,
+        unit: "µs",
+        reach: Reach::Anything,
+        figures: figures.times(MICRO),
+        obstacle: Cow::Borrowed(obstacle),
+    })
+}
+
 /// Sets maps of 512 pages, time and again.
 fn set(meter: Meter, what: &'static str, mapped: bool) -> Result<Row> {
     let guest = enabled()?;
@@ -94,10 +119,11 @@ fn set(meter: Meter, what: &'static str, mapped: bool) -> Result<Row> {
     }
     let root = guest.mmu.load_root(RootRole::NORMAL)?;
     let mut reader = guest.mmu.reader();
-    let entries = Entries::new(PAGES)?;
     let mut call = 0;
-    let figures = Contest::new(what)
-        .ours(|| {
+    for_512_pages(
+        meter,
+        what,
+        || {
             let mut result = Ok(());
             let figure = per_item(CALLS, || {
                 result = (0..CALLS).try_for_each(|_| {
@@ -112,22 +138,9 @@ fn set(meter: Meter, what: &'static str, mapped: bool) -> Result<Row> {
             });
             result?;
             Ok(figure)
-        })
-        .floor("locked exchange of 512 entries", || {
-            Ok(per_item(CALLS, || {
-                (0..CALLS).for_each(|_| entries.exchange(0..PAGES, 1));
-            }))
-        })
-        .run(meter)?;
-    Ok(Row {
-        what,
-        unit: "µs",
-        reach: Reach::Anything,
-        figures: figures.times(MICRO),
-        obstacle: Cow::Borrowed(
-            "a wait for faults in flight, which a membarrier makes; with vectors a flush too",
-        ),
-    })
+        },
+        "a wait for faults in flight, which a membarrier makes; with vectors a flush too",
+    )
 }
 
 /// A miss: the vectors of 2M, made from the maps.
@@ -140,10 +153,11 @@ fn miss(meter: Meter) -> Result<Row> {
     let root = guest.mmu.load_root(RootRole::NORMAL)?;
     let mut reader = guest.mmu.reader();
     let regions = guest.pages() / 512;
-    let entries = Entries::new(PAGES)?;
     let mut call = 1;
-    let figures = Contest::new(what)
-        .ours(|| {
+    for_512_pages(
+        meter,
+        what,
+        || {
             call += 1;
             // Cuts every region off again.
             for gfn in (0..guest.pages()).step_by(512) {
@@ -159,20 +173,9 @@ fn miss(meter: Meter) -> Result<Row> {
             });
             result?;
             Ok(figure)
-        })
-        .floor("locked exchange of 512 entries", || {
-            Ok(per_item(regions, || {
-                (0..regions).for_each(|_| entries.exchange(0..PAGES, 1));
-            }))
-        })
-        .run(meter)?;
-    Ok(Row {
-        what,
-        unit: "µs",
-        reach: Reach::Anything,
-        figures: figures.times(MICRO),
-        obstacle: Cow::Borrowed("each map is spread over twice as many bits"),
-    })
+        },
+        "each map is spread over twice as many bits",
+    )
 }
 
 /// The rows about sub-page write protection.
