@@ -69,7 +69,10 @@ impl Td {
                 }
             }
             drop(counted);
-            if stop() || self.is_bugged() {
+            if self.is_bugged() {
+                return Err(Errno::IO);
+            }
+            if stop() {
                 return Ok(None);
             }
             rustix::thread::sched_yield();

@@ -203,7 +203,7 @@ impl Td {
     }
 
     /// Creates the TD: its key, its control pages, its parameters. If that fails, everything has
-    /// been given back.
+    /// been given back, unless the module does not let go of it: then nothing works any more.
     pub(super) fn create(
         &self,
         params: &ParamsPage,

@@ -170,7 +170,7 @@ mod tests {
                 (0x1000, 0x800, AlignError),
                 (0x1001, 0xfff, AlignError),
                 // What cannot be an address is worse than what is not aligned.
-                (2 * shared | 1, 0x1000, InvalidOperand),
+                ((2 * shared) | 1, 0x1000, InvalidOperand),
             ] {
                 let parsed = MapGpa::parse(start, bytes, shared_bit);
                 assert_eq!(parsed, Err(status), "{start:#x} {bytes:#x}");

@@ -97,7 +97,7 @@ mod tests {
                 shared - 4,
                 2 * shared - 4,
                 2 * shared,
-                2 * shared | shared,
+                (2 * shared) | shared,
                 u64::MAX - 3,
             ] {
                 assert_eq!(parse(8, 0, address), None, "{address:#x}");

@@ -249,12 +249,12 @@ mod tests {
             let mut gpr: [u64; 16] = std::array::from_fn(|register| 100 + register as u64);
             gpr[gpr::RCX] = mask;
             let mut call = Call::new(gpr);
-            for register in 0..16 {
+            for (register, &value) in gpr.iter().enumerate() {
                 let exposed = mask >> register & 1 != 0;
-                let expected = if exposed { gpr[register] } else { 0 };
+                let expected = if exposed { value } else { 0 };
                 assert_eq!(call.get(register), expected, "{mask:#x} {register}");
                 call.set(register, 7);
-                let expected = if exposed { 7 } else { gpr[register] };
+                let expected = if exposed { 7 } else { value };
                 assert_eq!(call.gpr[register], expected, "{mask:#x} {register}");
             }
         }
