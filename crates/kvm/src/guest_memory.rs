@@ -10,6 +10,7 @@
 // UNSAFETY: maps memory that guests access by address.
 #![expect(unsafe_code)]
 
+use crate::memory_key;
 use crate::sync::Mutex;
 use crate::vm::Vm;
 use rustix::fd::OwnedFd;
@@ -42,7 +43,8 @@ pub(crate) struct Reservation {
 }
 
 impl Reservation {
-    fn new(size: usize) -> Result<Self, Errno> {
+    /// Memory for a file of `size` bytes; a trust domain's is guarded by a protection key.
+    fn new(size: usize, guarded: bool) -> Result<Self, Errno> {
         let slack = Level::L2M.bytes() as usize;
         let length = size.checked_add(slack).ok_or(Errno::NOMEM)?;
         // SAFETY: a new mapping at an address that the kernel chooses.
@@ -61,6 +63,10 @@ impl Reservation {
         };
         // SAFETY: a new mapping, which forked children shall not have.
         let advised = unsafe { rustix::mm::madvise(start, length, Advice::LinuxDontFork) };
+        if guarded {
+            // SAFETY: the same; whoever accesses it opens it first (`Open`).
+            unsafe { memory_key::protect(start, length) };
+        }
         advised.map(|()| reservation)
     }
 
@@ -122,7 +128,8 @@ impl GuestMemory {
         {
             return Err(Errno::INVAL);
         }
-        let memory = Reservation::new(usize::try_from(size).map_err(|_| Errno::NOMEM)?)?;
+        let size_here = usize::try_from(size).map_err(|_| Errno::NOMEM)?;
+        let memory = Reservation::new(size_here, vm.td().is_some())?;
         let memory = Arc::new(memory);
         let placeholder = placeholder(size)?;
         let file = Self {
@@ -203,6 +210,8 @@ impl GuestMemory {
         let _changes = self.changes.lock();
         let addresses = self.memory.addresses(&range);
         let length = (addresses.end - addresses.start) as usize;
+        // The kernel looks at this thread's rights, too.
+        let _open = memory_key::Open::new();
         // SAFETY: populating changes no byte.
         let result = unsafe {
             rustix::mm::madvise(pointer(addresses.start), length, Advice::LinuxPopulateWrite)

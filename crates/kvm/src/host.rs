@@ -8,7 +8,7 @@ use crate::huge_page;
 use crate::table_pool::TablePool;
 use crate::trace;
 use crate::vanishing;
-use crate::{pagemap, presence};
+use crate::{memory_key, pagemap, presence};
 use rustix::io::Errno;
 use rustix::mm::Advice;
 use std::ptr::NonNull;
@@ -66,6 +66,7 @@ unsafe impl Host for ProcessMemory {
     }
 
     fn populate_private(&self, address: u64, _write: bool) -> Result<HostPage, PopulateError> {
+        let _open = memory_key::Open::new();
         // A read of a page that was never used maps it at once, zeroed, rather than the zero page.
         make_present(address, true)?;
         Ok(HostPage {
@@ -81,6 +82,7 @@ unsafe impl Host for ProcessMemory {
         private: bool,
         pages: &mut [HostPage],
     ) -> (usize, Option<PopulateError>) {
+        let _open = private.then(memory_key::Open::new);
         if let Some(result) = presence::populate_range(address, private, pages) {
             return result;
         }

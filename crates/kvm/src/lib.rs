@@ -26,6 +26,7 @@ pub mod ioctl;
 mod irqchip;
 mod kvm;
 mod mappings;
+mod memory_key;
 mod module_file;
 mod msr_filter;
 mod nx_recovery;

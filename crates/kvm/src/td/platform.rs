@@ -5,6 +5,7 @@
 
 use super::inject::Injection;
 use crate::fork;
+use crate::memory_key::Open;
 use crate::sync::ProcessMutex;
 use crate::usercopy;
 use std::ptr::{self, NonNull};
@@ -47,16 +48,25 @@ unsafe impl Platform for ProcessPlatform {
     }
 
     fn copy_page(&self, from: Hpa, to: Hpa) -> bool {
+        // Copied twice: what is read must not be private memory, which is open only afterwards.
+        let mut content = [0; PAGE_SIZE as usize];
+        if !self.read(from, &mut content) {
+            return false;
+        }
+        let _open = Open::new();
         // SAFETY: `to` is a page that its owner gave to the module, which has claimed it.
-        unsafe { usercopy::copy_in(from.get() as usize, bytes(to), PAGE_SIZE as usize) }.is_ok()
+        unsafe { ptr::copy_nonoverlapping(content.as_ptr(), bytes(to), content.len()) };
+        true
     }
 
     fn zero_page(&self, page: Hpa) {
+        let _open = Open::new();
         // SAFETY: a page that its owner gave to the module.
         unsafe { ptr::write_bytes(bytes(page), 0, PAGE_SIZE as usize) };
     }
 
     fn read_page(&self, page: Hpa, offset: usize, into: &mut [u8]) {
+        let _open = Open::new();
         let offset = offset.min(PAGE_SIZE as usize);
         let length = into.len().min(PAGE_SIZE as usize - offset);
         // SAFETY: within a page that its owner gave to the module; `into` has as much room.

@@ -3,6 +3,7 @@
 use super::signal::Running;
 use super::{Vcpu, VcpuState, lapic, processor_table, tdcall};
 use crate::cpuid;
+use crate::memory_key::Open;
 use crate::td::{Td, TdVcpu};
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_cpuid_entry2};
 use rustix::io::Errno;
@@ -25,6 +26,7 @@ impl Vcpu {
         if inside.must_flush() {
             self.walk_td_tables(td, state);
         }
+        let _open = Open::new();
         loop {
             let exit = state.cpu.run();
             if let Some(exit) = tdcall::inside(self, state, &inside, exit)? {
