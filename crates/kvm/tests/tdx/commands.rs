@@ -99,7 +99,8 @@ fn capabilities_say_what_can_be_configured_if_there_is_room() {
 fn init_vm_refuses_what_it_cannot_give_and_can_be_tried_again() {
     let (_kvm, vm) = vm();
     let good = InitVm::new(48);
-    let bad: [(&str, fn(&mut InitVm), Errno); 9] = [
+    type Change = fn(&mut InitVm);
+    let bad: [(&str, Change, Errno); 9] = [
         ("attributes", |r| r.attributes = 1, Errno::INVAL),
         ("xfam", |r| r.xfam = 1 << 40, Errno::INVAL),
         ("reserved", |r| r.reserved[11] = 1, Errno::INVAL),
