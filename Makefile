@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: help build run test check unit interleavings conformance hardware hardware-kvm hardware-arm64 hardware-arm64-linux bench bench-build bench-docs bench-instructions model fuzz verify-cpu clean
+.PHONY: help build install run test check unit interleavings conformance hardware hardware-kvm hardware-arm64 hardware-arm64-linux bench bench-build bench-docs bench-instructions model fuzz verify-cpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -91,6 +91,12 @@ fuzz: ## random ioctl sequences, many of them
 
 verify-cpu: ## every instruction form against the host's processor, at length
 	TWOFOLD_JUDGE_CASES=20000 $(CARGO) test --release -p twofold-cpu --test judge -- --nocapture
+
+PREFIX ?= /usr/local
+install: build ## the command, its library and the C headers, below PREFIX
+	install -D target/release/twofold $(DESTDIR)$(PREFIX)/bin/twofold
+	install -D -m 644 target/release/libtwofold.so $(DESTDIR)$(PREFIX)/lib/libtwofold.so
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/include/twofold include/twofold/*.h
 
 clean: ## remove everything that was built
 	$(CARGO) clean

@@ -10,6 +10,7 @@ pub(crate) mod access;
 pub(crate) mod code;
 mod data;
 mod fetch;
+mod guest_tables;
 mod mmio;
 mod pml;
 pub mod process;
@@ -33,9 +34,9 @@ use crate::line::Request;
 use crate::machine::Machine;
 use crate::state::rflags;
 use crate::trap::{Exception, Exit, SecondStageFault, Trap, UnknownInstruction, vector};
-use access::Vanished;
+use guest_tables::{Directories, NestedTables, TablePages};
 use mmio::Mmio;
-use stage1::{Failure, GuestTables, LinearAccess, Mapping, Paging, Upper};
+use stage1::{Failure, GuestTables, LinearAccess, Mapping, Paging};
 use stage2::{GuestAccess, HostPage, Operation, Purpose, Rights, WalkCache, Walker};
 use sub_page::WriteCache;
 use tlb::{Allowed, Set, Tlb};
@@ -59,19 +60,13 @@ pub struct Translation {
     pub executable: bool,
 }
 
-/// Regions of 2 MiB of linear addresses whose last table is remembered.
-const DIRECTORIES: usize = 256;
-/// log2 of such a region: the last table of every paging mode covers at least that much.
-const DIRECTORY_SHIFT: u32 = 21;
-
 /// The memory half of a vCPU.
 pub(crate) struct Memory {
     tlb: Tlb,
     /// Index of the first TLB entry of the set that explicit data accesses use now.
     data_base: usize,
     paging: Paging,
-    /// What the upper levels of the guest's tables say, by 2 MiB of linear addresses.
-    directories: Box<[Option<(u64, Upper)>; DIRECTORIES]>,
+    directories: Directories,
     walker: Walker,
     walk_cache: WalkCache,
     /// Pages that were written by sub-page permissions.
@@ -89,87 +84,20 @@ pub(crate) struct Memory {
     pub(crate) not_canonical: Option<u64>,
 }
 
-/// A page of guest tables that was translated.
-#[derive(Clone, Copy)]
-struct TablePage {
-    /// Guest-physical address, or 1.
-    gpa: u64,
-    host: usize,
-    hpa: Hpa,
-    writable: bool,
-}
-
-impl TablePage {
-    /// The entry at `gpa`, which is in this page.
-    ///
-    /// # Errors
-    /// There is no memory at this address of the process.
-    #[inline(always)]
-    fn read(&self, gpa: u64, bytes: u64) -> Result<u64, usize> {
-        let place = self.host + (gpa & !PAGE_MASK) as usize;
-        let pointer = std::ptr::with_exposed_provenance::<u8>(place);
-        #[expect(unsafe_code)]
-        // UNSAFETY: the guest's tables are guest memory.
-        // SAFETY: the second stage translated the page since the last flush, and the vCPU is in
-        // guest mode.
-        let value = unsafe {
-            if bytes == 4 {
-                u32::load(pointer).map(u64::from)
-            } else {
-                u64::load(pointer)
-            }
-        };
-        value.map_err(|Vanished| place)
-    }
-}
-
-/// Pages that hold the guest's tables: the walk meets the same ones again and again.
-struct TablePages(Box<[TablePage; Self::COUNT]>);
-
-impl TablePages {
-    const COUNT: usize = 256;
-    const EMPTY: TablePage = TablePage {
-        gpa: 1,
-        host: 0,
-        hpa: Hpa::new(0),
-        writable: false,
-    };
-
-    fn slot(gpa: u64) -> usize {
-        // Tables are often neighbours; those of different levels often are not.
-        let frame = gpa >> PAGE_SHIFT;
-        (frame ^ (frame >> 8)) as usize & (Self::COUNT - 1)
-    }
-
-    fn flush(&mut self) {
-        self.0.fill(Self::EMPTY);
-    }
-}
-
 impl Memory {
-    /// What the upper levels of the guest's tables were found to say about `linear`.
-    #[inline(always)]
-    fn known_upper(&self, linear: u64) -> Option<Upper> {
-        let region = linear >> DIRECTORY_SHIFT;
-        match self.directories[region as usize & (DIRECTORIES - 1)] {
-            Some((cached, upper)) if cached == region => Some(upper),
-            _ => None,
-        }
-    }
-
     pub(crate) fn new(machine: &Machine) -> Self {
         Self {
             tlb: Tlb::new(),
             data_base: Set::Supervisor.base(),
             paging: Paging::default(),
-            directories: Box::new([None; DIRECTORIES]),
+            directories: Directories::new(),
             walker: Walker::none(machine),
             walk_cache: WalkCache::new(),
             sub_pages: WriteCache::new(),
             pml: None,
             ve: None,
             ve_instruction_length: 0,
-            table_pages: TablePages(Box::new([TablePages::EMPTY; TablePages::COUNT])),
+            table_pages: TablePages::new(),
             mmio: Mmio::default(),
             not_canonical: None,
         }
@@ -232,7 +160,7 @@ impl Core {
     pub(crate) fn flush_tlb(&mut self) {
         self.mem.tlb.flush();
         self.mem.sub_pages.flush();
-        self.mem.directories.fill(None);
+        self.mem.directories.flush();
         self.mem.paging = Paging::new(self.cr0, self.cr3, self.cr4, self.efer, self.physical_bits)
             .with_keys(self.cr4, self.msrs.pkru);
         self.update_rights();
@@ -245,7 +173,7 @@ impl Core {
         self.mem.tlb.flush_page(linear);
         self.mem.sub_pages.flush();
         // INVLPG invalidates what is cached of upper levels for all addresses.
-        self.mem.directories.fill(None);
+        self.mem.directories.flush();
         self.epoch += 1;
     }
 
@@ -432,21 +360,6 @@ impl Core {
         }
     }
 
-    /// What the walk finds if it remembers everything above the last table, and nothing has to be
-    /// set: most of the time.
-    #[inline(always)]
-    fn known_mapping(&self, linear: u64, access: LinearAccess) -> Option<Mapping> {
-        let upper = self.mem.known_upper(linear)?;
-        let paging = &self.mem.paging;
-        let (gpa, bytes) = paging.last_entry(&upper, linear);
-        let page = &self.mem.table_pages.0[TablePages::slot(gpa)];
-        if page.gpa != gpa & PAGE_MASK {
-            return None;
-        }
-        let entry = page.read(gpa, bytes).ok()?;
-        paging.last_mapping(upper, entry, linear, access)
-    }
-
     /// Walks the second stage for the final address of a translation. `None`: the page is emulated
     /// for the instruction in progress.
     fn final_stage(
@@ -552,104 +465,6 @@ impl Core {
             Set::SupervisorAc
         } else {
             Set::Supervisor
-        }
-    }
-}
-
-/// The guest's tables, reached through the second stage.
-struct NestedTables<'a> {
-    core: &'a mut Core,
-    linear: u64,
-    access: LinearAccess,
-}
-
-impl NestedTables<'_> {
-    /// The page of guest tables that holds `gpa`. `None`: the hypervisor has nothing there.
-    fn page(&mut self, gpa: u64, write: bool) -> Result<Option<TablePage>, Trap> {
-        let page = gpa & PAGE_MASK;
-        let cached = self.core.mem.table_pages.0[TablePages::slot(gpa)];
-        if cached.gpa == page && (cached.writable || !write) {
-            return Ok(Some(cached));
-        }
-        if self.core.mem.walker.forbids_code(gpa) {
-            return Err(self.core.reserved_address(self.linear, self.access));
-        }
-        let write = write || self.core.mem.walker.guest_tables_are_written();
-        let access = GuestAccess {
-            gpa,
-            bytes: 1,
-            operation: if write {
-                Operation::Write
-            } else {
-                Operation::Read
-            },
-            linear: self.linear,
-            purpose: Purpose::GuestTable,
-        };
-        match self.core.mem.second_stage(&self.core.machine, &access) {
-            Ok(HostPage { hpa, .. }) => {
-                let host = self.core.machine.host(hpa);
-                let entry = TablePage {
-                    gpa: page,
-                    host,
-                    hpa,
-                    writable: write,
-                };
-                self.core.mem.table_pages.0[TablePages::slot(gpa)] = entry;
-                Ok(Some(entry))
-            }
-            Err(refusal) if refusal.is_fault() && self.core.mem.mmio.allows(gpa) => Ok(None),
-            Err(refusal) => Err(self.core.refused(refusal)),
-        }
-    }
-}
-
-impl GuestTables for NestedTables<'_> {
-    type Error = Trap;
-
-    #[inline(always)]
-    fn recall(&self, linear: u64) -> Option<Upper> {
-        self.core.mem.known_upper(linear)
-    }
-
-    fn remember(&mut self, linear: u64, upper: Upper) {
-        let region = linear >> DIRECTORY_SHIFT;
-        self.core.mem.directories[region as usize & (DIRECTORIES - 1)] = Some((region, upper));
-    }
-
-    fn read(&mut self, gpa: u64, bytes: u64) -> Result<Option<u64>, Trap> {
-        let Some(page) = self.page(gpa, false)? else {
-            return Ok(None);
-        };
-        page.read(gpa, bytes)
-            .map(Some)
-            .map_err(|place| self.core.vanished(place))
-    }
-
-    fn set_flags(&mut self, gpa: u64, bytes: u64, old: u64, flags: u64) -> Result<bool, Trap> {
-        let Some(page) = self.page(gpa, true)? else {
-            return Ok(true);
-        };
-        let place = page.host + (gpa & !PAGE_MASK) as usize;
-        let pointer = std::ptr::with_exposed_provenance_mut::<u8>(place);
-        #[expect(unsafe_code)]
-        // UNSAFETY: the guest's tables are guest memory.
-        // SAFETY: as for `read`, and the second stage allowed the write.
-        let found = unsafe {
-            if bytes == 4 {
-                u32::compare_exchange(pointer, old as u32, (old | flags) as u32).map(u64::from)
-            } else {
-                u64::compare_exchange(pointer, old, old | flags)
-            }
-        };
-        match found {
-            Ok(found) => {
-                if self.core.machine.code().contains(page.hpa) {
-                    self.core.code_written();
-                }
-                Ok(found == old)
-            }
-            Err(Vanished) => Err(self.core.vanished(place)),
         }
     }
 }
