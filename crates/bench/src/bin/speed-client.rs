@@ -80,6 +80,8 @@ fn main() -> Result<()> {
     let place = |gpa: usize| host.cast::<u8>().wrapping_add(gpa - first);
     // SAFETY: part of the mapping above, which the image's end check keeps inside it.
     unsafe {
+        // As QEMU does with its guests' memory; but each page that is strided over is one of 4 KiB.
+        madvise(host, bytes, Advice::LinuxHugepage)?;
         madvise(
             place(STRIDE).cast(),
             STRIDE_END - STRIDE,
