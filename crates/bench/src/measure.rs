@@ -4,7 +4,7 @@
 //! [`Meter::Instructions`] runs the same rounds once each for `callgrind`, which counts only what
 //! happens inside [`counted`].
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
@@ -34,6 +34,9 @@ impl Meter {
 /// Items of the last piece of work that [`per_item`] ran under the counter, 0 before.
 static COUNTED_ITEMS: AtomicU64 = AtomicU64::new(0);
 
+/// Pieces of work that ran under the counter, each of which has a file of counts.
+static COUNTED: AtomicU64 = AtomicU64::new(0);
+
 /// Whether [`per_item`] runs its work under the counter.
 static UNDER_COUNTER: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
 
@@ -53,6 +56,7 @@ pub(crate) fn per_item(items: u64, work: impl FnOnce()) -> f64 {
     };
     if UNDER_COUNTER.load(Ordering::Relaxed) {
         counted(&mut work);
+        COUNTED.fetch_add(1, Ordering::Relaxed);
         COUNTED_ITEMS.store(items, Ordering::Relaxed);
         return f64::NAN;
     }
@@ -168,7 +172,15 @@ impl<'a> Contest<'a> {
             UNDER_COUNTER.store(under_counter, Ordering::Relaxed);
             for ((role, contender), figures) in self.contenders.iter_mut().zip(&mut figures) {
                 COUNTED_ITEMS.store(0, Ordering::Relaxed);
+                let before = COUNTED.load(Ordering::Relaxed);
                 let figure = contender().with_context(|| format!("{}: {role:?}", self.what))?;
+                // Files of counts are told apart by their order alone.
+                let pieces = COUNTED.load(Ordering::Relaxed) - before;
+                ensure!(
+                    pieces <= 1,
+                    "{}: {role:?} measures {pieces} pieces of work in a round, and says one figure",
+                    self.what
+                );
                 let items = COUNTED_ITEMS.load(Ordering::Relaxed);
                 if items > 0 {
                     crate::instructions::announce(self.what, role.name(), items);

@@ -123,61 +123,72 @@ fn measured() -> impl Iterator<Item = (Gfn, Hfn)> {
     (0..).map(Gfn::new).zip(MEASURED.map(page))
 }
 
-/// What of a guest's life is measured.
+/// What is measured of the work that a round has to do.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Part {
+    Share,
+    Unshare,
     Donate,
     Reclaim,
 }
 
-/// Donates pages to a new guest, ends it and takes them back. Returns what `part` takes a page.
-fn give_and_take(hyp: &Hyp<'_>, part: Part) -> Result<f64> {
-    let count = MEASURED.end - MEASURED.start;
-    let mut figure = f64::NAN;
-    let mut measure = |this, mut work: Box<dyn FnMut() -> Result<(), twofold_pkvm::Error> + '_>| {
-        let mut result = Ok(());
-        match part == this {
-            true => figure = per_item(count, || result = work()),
-            false => result = work(),
-        }
-        result
-    };
-    let handle = start(hyp)?;
-    let donate = || measured().try_for_each(|(gfn, page)| hyp.donate_guest(page, gfn));
-    measure(Part::Donate, Box::new(donate))?;
-    hyp.vcpu_put()?;
-    hyp.start_teardown_vm(handle)?;
-    let reclaim = || measured().try_for_each(|(gfn, _)| hyp.reclaim_dying_guest_page(handle, gfn));
-    measure(Part::Reclaim, Box::new(reclaim))?;
-    hyp.finalize_teardown_vm(handle)?;
-    hyp.host_unshare_hyp(page(OWN))?;
-    Ok(figure)
+/// A round, of which one part is measured.
+struct Round {
+    part: Part,
+    /// Nanoseconds a page.
+    figure: f64,
 }
 
-/// What of lending is measured.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Lend {
-    Share,
-    Unshare,
+impl Round {
+    const fn measuring(part: Part) -> Self {
+        Self {
+            part,
+            figure: f64::NAN,
+        }
+    }
+
+    /// Does the work of `part` with all pages.
+    fn step(
+        &mut self,
+        part: Part,
+        work: impl FnOnce() -> Result<(), twofold_pkvm::Error>,
+    ) -> Result<(), twofold_pkvm::Error> {
+        if part != self.part {
+            return work();
+        }
+        let mut result = Ok(());
+        self.figure = per_item(MEASURED.end - MEASURED.start, || result = work());
+        result
+    }
+}
+
+/// Donates pages to a new guest, ends it and takes them back. Returns what `part` takes a page.
+fn give_and_take(hyp: &Hyp<'_>, part: Part) -> Result<f64> {
+    let mut round = Round::measuring(part);
+    let handle = start(hyp)?;
+    round.step(Part::Donate, || {
+        measured().try_for_each(|(gfn, page)| hyp.donate_guest(page, gfn))
+    })?;
+    hyp.vcpu_put()?;
+    hyp.start_teardown_vm(handle)?;
+    round.step(Part::Reclaim, || {
+        measured().try_for_each(|(gfn, _)| hyp.reclaim_dying_guest_page(handle, gfn))
+    })?;
+    hyp.finalize_teardown_vm(handle)?;
+    hyp.host_unshare_hyp(page(OWN))?;
+    Ok(round.figure)
 }
 
 /// Lends pages to the hypervisor and takes them back. Returns what `part` takes a page.
-fn lend_and_take_back(hyp: &Hyp<'_>, part: Lend) -> Result<f64> {
-    let count = MEASURED.end - MEASURED.start;
-    let mut results = [Ok(()), Ok(())];
-    let share = per_item(count, || {
-        results[0] = measured().try_for_each(|(_, page)| hyp.host_share_hyp(page));
-    });
-    let unshare = per_item(count, || {
-        results[1] = measured().try_for_each(|(_, page)| hyp.host_unshare_hyp(page));
-    });
-    let [shared, unshared] = results;
-    shared?;
-    unshared?;
-    Ok(match part {
-        Lend::Share => share,
-        Lend::Unshare => unshare,
-    })
+fn lend_and_take_back(hyp: &Hyp<'_>, part: Part) -> Result<f64> {
+    let mut round = Round::measuring(part);
+    round.step(Part::Share, || {
+        measured().try_for_each(|(_, page)| hyp.host_share_hyp(page))
+    })?;
+    round.step(Part::Unshare, || {
+        measured().try_for_each(|(_, page)| hyp.host_unshare_hyp(page))
+    })?;
+    Ok(round.figure)
 }
 
 fn row(what: &'static str, figures: Comparison) -> Row {
@@ -263,8 +274,8 @@ pub(crate) fn rows(meter: Meter) -> Result<Vec<Row>> {
     rows.push(row(what, figures.run(meter)?));
 
     for (what, measured_part) in [
-        ("pkvm: share a page with the hypervisor", Lend::Share),
-        ("pkvm: unshare it", Lend::Unshare),
+        ("pkvm: share a page with the hypervisor", Part::Share),
+        ("pkvm: unshare it", Part::Unshare),
     ] {
         let figures = Contest::new(what).ours(|| lend_and_take_back(&hyp, measured_part));
         rows.push(row(what, figures.run(meter)?));
