@@ -2,9 +2,9 @@
 //! of the KVM API.
 
 mod file;
-mod long_mode;
 mod memory;
+mod modes;
 
 pub use file::{cannot_map, punch_hole};
-pub use long_mode::enter_long_mode;
 pub use memory::Memory;
+pub use modes::{enter_flat_mode, enter_long_mode};

@@ -10,7 +10,8 @@
 #![expect(unsafe_code)]
 
 use anyhow::{Context, Result, bail, ensure};
-use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs, kvm_userspace_memory_region};
+use example_parts::enter_flat_mode;
+use kvm_bindings::{kvm_regs, kvm_sregs, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
 use std::fs::File;
@@ -104,7 +105,7 @@ fn main() -> Result<()> {
         .get(IMAGE_ENTRY..)
         .and_then(|rest| rest.first_chunk())
         .context("the image has no entry point")?;
-    boot(&vcpu, u64::from(u32::from_le_bytes(*entry)))?;
+    enter_flat_mode(&vcpu, u32::from_le_bytes(*entry).into())?;
     let thread = loop {
         let (port, value) = output(&mut vcpu)?;
         if port == THREAD {
@@ -164,32 +165,6 @@ fn output(vcpu: &mut VcpuFd) -> Result<(u16, u32)> {
         }
         exit => bail!("the guest left with {exit:?}"),
     }
-}
-
-/// 32-bit protected mode with flat segments, as a multiboot loader leaves a machine.
-fn boot(vcpu: &VcpuFd, entry: u64) -> Result<()> {
-    let mut sregs = vcpu.get_sregs()?;
-    let flat = |selector, type_| kvm_segment {
-        selector,
-        type_,
-        limit: u32::MAX,
-        present: 1,
-        s: 1,
-        db: 1,
-        g: 1,
-        ..Default::default()
-    };
-    sregs.cs = flat(8, 0b1011);
-    let data = flat(0x10, 0b0011);
-    (sregs.ds, sregs.es, sregs.ss) = (data, data, data);
-    sregs.cr0 |= 1;
-    vcpu.set_sregs(&sregs)?;
-    vcpu.set_regs(&kvm_regs {
-        rip: entry,
-        rflags: 2,
-        ..Default::default()
-    })?;
-    Ok(())
 }
 
 /// Lets a processor run all kernels, in the state of the first.

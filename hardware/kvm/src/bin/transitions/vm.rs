@@ -8,8 +8,9 @@ use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd as _, RawFd};
 
 use anyhow::{Context, Result, bail, ensure};
+use example_parts::enter_flat_mode;
 use kvm_bindings::{
-    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_enable_cap, kvm_regs, kvm_segment,
+    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_enable_cap, kvm_regs,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
@@ -74,7 +75,8 @@ impl<'a> Vm<'a> {
         let low = Backing::new(guest::LOW_SIZE as usize, false)?;
         low.write(guest::CODE as usize, &guest::IMAGE)?;
         let vcpu = vm.create_vcpu(0).context("cannot create a vCPU")?;
-        enter_flat_mode(&vcpu)?;
+        // Where it begins is said with each access.
+        enter_flat_mode(&vcpu, 0)?;
         let vm = Self {
             vcpu,
             vm,
@@ -255,38 +257,4 @@ pub fn mark(mut marks: &File, text: &str) -> Result<()> {
     marks
         .write_all(format!("{text}\n").as_bytes())
         .context("cannot say what is next")
-}
-
-/// 32-bit code, flat segments and no paging: what the guest addresses is guest-physical.
-fn enter_flat_mode(vcpu: &VcpuFd) -> Result<()> {
-    const CR0_PE_ET_NE: u64 = 1 | 1 << 4 | 1 << 5;
-    let code = kvm_segment {
-        selector: 0x08,
-        type_: 0b1011, // execute, read, accessed
-        present: 1,
-        s: 1,
-        db: 1,
-        g: 1,
-        limit: u32::MAX,
-        ..Default::default()
-    };
-    let data = kvm_segment {
-        selector: 0x10,
-        type_: 0b0011, // read, write, accessed
-        ..code
-    };
-    let mut sregs = vcpu.get_sregs()?;
-    sregs.cs = code;
-    for segment in [
-        &mut sregs.ds,
-        &mut sregs.es,
-        &mut sregs.fs,
-        &mut sregs.gs,
-        &mut sregs.ss,
-    ] {
-        *segment = data;
-    }
-    sregs.cr0 = CR0_PE_ET_NE;
-    vcpu.set_sregs(&sregs)
-        .context("KVM refuses the system registers")
 }
