@@ -1,0 +1,75 @@
+//! The x87 unit (SDM Vol. 1, "Programming with the x87 FPU").
+//!
+//! The registers are kept as an image has them, from the top of the stack on: when the top moves,
+//! they do. `control` has the instructions that compute nothing.
+
+mod control;
+
+use crate::core_state::Core;
+use crate::form::Form;
+use crate::op::Handler;
+use crate::state::{FpuState, cr0};
+use crate::trap::{Exception, Trap, vector};
+
+/// The handler for an instruction of this subject.
+pub(crate) fn select(form: &Form) -> Option<Handler> {
+    control::select(form)
+}
+
+/// Fields of the status word.
+mod status {
+    /// The exceptions' flags, and in the control word their masks.
+    pub(super) const EXCEPTIONS: u16 = 0x3f;
+    pub(super) const STACK_FAULT: u16 = 1 << 6;
+    /// Some unmasked exception's flag is set: ES, and B, which is the same.
+    pub(super) const SUMMARY: u16 = 1 << 7 | 1 << 15;
+    pub(super) const C1: u16 = 1 << 9;
+    /// The top of the stack, three bits.
+    pub(super) const TOP_SHIFT: u32 = 11;
+    pub(super) const TOP: u16 = 7 << TOP_SHIFT;
+}
+
+/// What x87 and MMX instructions ask before they do anything: #NM if the unit is switched off (for
+/// MMX CR0.EM is #UD, which comes before this), #MF if an unmasked exception waits.
+///
+/// #MF is raised whatever CR0.NE says. Without NE a processor signals FERR# and waits for the
+/// interrupt that a chipset makes of it; under KVM on Intel's processors NE is always set in truth.
+pub(crate) fn ready(core: &mut Core) -> Result<(), Trap> {
+    require_unit(core)?;
+    report_exception(core)
+}
+
+/// #NM if the unit is switched off.
+fn require_unit(core: &mut Core) -> Result<(), Trap> {
+    if core.cr0 & (cr0::EM | cr0::TS) != 0 {
+        return Err(core.device_not_available());
+    }
+    Ok(())
+}
+
+/// #MF if an unmasked exception waits.
+fn report_exception(core: &mut Core) -> Result<(), Trap> {
+    if !exception_waits(&core.vectors) {
+        return Ok(());
+    }
+    Err(core.raise(Exception {
+        vector: vector::MF,
+        error_code: None,
+        payload: None,
+    }))
+}
+
+/// Whether an unmasked exception's flag is set, whatever the summary says.
+fn exception_waits(state: &FpuState) -> bool {
+    state.fsw & !state.fcw & status::EXCEPTIONS != 0
+}
+
+/// Makes the summary bits say what the flags and masks do.
+fn summarise(state: &mut FpuState) {
+    let summary = if exception_waits(state) {
+        status::SUMMARY
+    } else {
+        0
+    };
+    state.fsw = state.fsw & !status::SUMMARY | summary;
+}
