@@ -16,6 +16,11 @@ use iced_x86::Mnemonic as M;
 /// Iterations between two looks at the processor's line.
 const POLL: u32 = 256;
 
+/// Bytes that MOVS has still to copy from which on the caches are left to others, as the host's
+/// processor and `memcpy` do: what is copied would not stay in them, and a line that is overwritten
+/// whole need not be read before.
+const LARGE: u64 = 8 << 20;
+
 /// The handler for an instruction of this subject.
 pub(crate) fn select(form: &Form) -> Option<Handler> {
     // CMPSD and MOVSD are also SSE2 mnemonics; those have register operands.
@@ -150,7 +155,8 @@ impl Iteration for Move {
         let Some(to) = core.string_span(op, seg::ES, rdi, bytes, true) else {
             return Ok(0);
         };
-        let done = core.copy_span(to, from, bytes, T::BYTES)?;
+        let large = count.saturating_mul(T::BYTES) >= LARGE;
+        let done = core.copy_span(to, from, bytes, T::BYTES, large)?;
         if done == 0 {
             // Not even the upper halves of the registers change.
             return Ok(0);

@@ -63,13 +63,19 @@ pub fn fixup(rip: usize) -> Option<usize> {
     None
 }
 
-/// The table entry for the instruction at local label 2, which goes on at label 3.
+/// The table entry for the instruction at local label 2 (or another one that comes before), which
+/// goes on at label 3.
 macro_rules! fixup_entry {
     () => {
+        fixup_entry!("2b")
+    };
+    ($label:literal) => {
         concat!(
             ".pushsection twofold_fixup, \"aR\", @progbits\n",
             ".balign 4\n",
-            ".long 2b - .\n",
+            ".long ",
+            $label,
+            " - .\n",
             ".long 3b - .\n",
             ".popsection",
         )
@@ -331,6 +337,78 @@ pub(crate) unsafe fn copy(to: *mut u8, from: *const u8, length: usize) -> Result
     if left == 0 { Ok(()) } else { Err(Vanished) }
 }
 
+/// Copies as [`copy`] does, past the caches: for a part of a copy that is larger than they are. The
+/// stores are ordered before any later one. Ranges of which the target begins within the source's
+/// next 64 bytes go through the caches all the same.
+///
+/// # Safety
+/// As for [`copy`].
+pub(crate) unsafe fn copy_past_caches(
+    to: *mut u8,
+    from: *const u8,
+    length: usize,
+) -> Result<(), Vanished> {
+    /// Bytes that one round of the loop loads before it stores them.
+    const LINE: usize = 64;
+    let head = to.align_offset(LINE).min(length);
+    let lines = (length - head) / LINE;
+    if to.addr().wrapping_sub(from.addr()) < LINE || lines == 0 {
+        // SAFETY: the caller's.
+        return unsafe { copy(to, from, length) };
+    }
+    // SAFETY: the caller's, for a part of the range.
+    unsafe { copy(to, from, head) }?;
+    let left: usize;
+    // SAFETY: the caller's; the target is aligned to what is stored. If memory is gone, the table
+    // leads past the copy with the count of lines not zero. The fence orders these stores, which are
+    // not ordered among others by themselves.
+    unsafe {
+        asm!(
+            "2: movups {a}, [{from}]",
+            "4: movups {b}, [{from} + 16]",
+            "5: movups {c}, [{from} + 32]",
+            "6: movups {d}, [{from} + 48]",
+            "7: movntps [{to}], {a}",
+            "8: movntps [{to} + 16], {b}",
+            "9: movntps [{to} + 32], {c}",
+            "22: movntps [{to} + 48], {d}",
+            "add {from}, 64",
+            "add {to}, 64",
+            "dec {left}",
+            "jnz 2b",
+            "3: sfence",
+            fixup_entry!("2b"),
+            fixup_entry!("4b"),
+            fixup_entry!("5b"),
+            fixup_entry!("6b"),
+            fixup_entry!("7b"),
+            fixup_entry!("8b"),
+            fixup_entry!("9b"),
+            fixup_entry!("22b"),
+            a = out(xmm_reg) _,
+            b = out(xmm_reg) _,
+            c = out(xmm_reg) _,
+            d = out(xmm_reg) _,
+            from = inout(reg) from.wrapping_add(head) => _,
+            to = inout(reg) to.wrapping_add(head) => _,
+            left = inout(reg) lines => left,
+            options(nostack),
+        );
+    }
+    if left != 0 {
+        return Err(Vanished);
+    }
+    let done = head + lines * LINE;
+    // SAFETY: the caller's, for the rest of the range.
+    unsafe {
+        copy(
+            to.wrapping_add(done),
+            from.wrapping_add(done),
+            length - done,
+        )
+    }
+}
+
 /// Fills guest memory with `count` times the same 8 bytes.
 ///
 /// # Safety
@@ -508,6 +586,49 @@ pub(super) mod tests {
             assert_eq!(u64::load(at8.add(8)), Ok(0x0807_0605_0403_0201));
             assert_eq!(fill(at8, 0, 3), Err(Vanished));
             assert_eq!(u32::load(at), Err(Vanished));
+        }
+    }
+
+    #[test]
+    fn a_copy_past_the_caches_is_a_copy_and_stops_where_memory_ends() {
+        let pages = Pages::new(3);
+        pages.take_away(2);
+        let bytes: Vec<u8> = (0..8192u32).map(|i| (i * 7 % 251) as u8).collect();
+        for (to, from, length) in [
+            (0, 4096, 4096),
+            (4096, 0, 4096),
+            (3, 4100, 1000),
+            (4001, 17, 3999),
+            (64, 0, 4096),
+            (1, 0, 4096),
+            (200, 263, 4000),
+            (70, 5000, 63),
+            (8, 8, 512),
+            (5, 900, 0),
+        ] {
+            let mut expected = bytes.clone();
+            for i in 0..length {
+                expected[to + i] = expected[from + i];
+            }
+            // SAFETY: both ranges lie in the two pages that are mapped.
+            unsafe {
+                copy_to(pages.base, &bytes).unwrap();
+                let base = pages.base;
+                assert_eq!(
+                    copy_past_caches(base.add(to), base.add(from), length),
+                    Ok(())
+                );
+                assert_eq!(
+                    equals(base, &expected),
+                    Ok(true),
+                    "{length} from {from} to {to}"
+                );
+            }
+        }
+        for (to, from) in [(0, 8000), (8000, 0)] {
+            // SAFETY: the third page is not mapped, which is allowed.
+            let copied = unsafe { copy_past_caches(pages.base.add(to), pages.base.add(from), 400) };
+            assert_eq!(copied, Err(Vanished));
         }
     }
 

@@ -22,12 +22,14 @@ impl Core {
 
     /// Copies up to `bytes` bytes, a multiple of `element`, upwards as elements of that size would
     /// be moved one after the other. Returns how many bytes were copied, a multiple of `element`.
+    /// A part of a `large` copy goes past the caches.
     pub(crate) fn copy_span(
         &mut self,
         to: u64,
         from: u64,
         bytes: u64,
         element: u64,
+        large: bool,
     ) -> Result<u64, Trap> {
         let mut length = bytes.min(rest_of_page(to)).min(rest_of_page(from)) & !(element - 1);
         if length == 0 {
@@ -54,11 +56,12 @@ impl Core {
         // SAFETY: both pages were translated since the last flush, in guest mode, the target for
         // writing; the length stays within both.
         let copied = unsafe {
-            access::copy(
-                std::ptr::with_exposed_provenance_mut(target),
-                std::ptr::with_exposed_provenance(source),
-                length as usize,
-            )
+            let to = std::ptr::with_exposed_provenance_mut(target);
+            let from = std::ptr::with_exposed_provenance(source);
+            match large {
+                true => access::copy_past_caches(to, from, length as usize),
+                false => access::copy(to, from, length as usize),
+            }
         };
         match copied {
             Ok(()) => Ok(length),

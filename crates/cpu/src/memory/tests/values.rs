@@ -86,20 +86,22 @@ fn spans_are_what_their_elements_would_be() {
     let machine = host.machine();
     let mut cpu = host.paged(&machine);
     let core = &mut cpu.core;
-    core.store(0x20_000, 0x1122_3344_5566_7788u64).unwrap();
-    // As far as the nearer end of a page goes.
-    assert_eq!(core.copy_span(0x21_ff0, 0x20_000, 0x1000, 1), Ok(16));
-    assert_eq!(core.load::<u64>(0x21_ff0), Ok(0x1122_3344_5566_7788));
-    assert_eq!(core.copy_span(0x21_fee, 0x20_000, 0x1000, 4), Ok(16));
-    // Bytes that overlap spread; longer elements that overlap are not done this way.
-    assert_eq!(core.copy_span(0x20_001, 0x20_000, 7, 1), Ok(7));
-    assert_eq!(core.load::<u64>(0x20_000), Ok(0x8888_8888_8888_8888));
-    assert_eq!(core.copy_span(0x20_002, 0x20_000, 8, 4), Ok(0));
-    assert_eq!(
-        core.copy_span(0x20_000, 0x20_002, 8, 4),
-        Ok(8),
-        "downwards nothing is read twice"
-    );
+    for large in [false, true] {
+        core.store(0x20_000, 0x1122_3344_5566_7788u64).unwrap();
+        // As far as the nearer end of a page goes.
+        assert_eq!(core.copy_span(0x21_ff0, 0x20_000, 0x1000, 1, large), Ok(16));
+        assert_eq!(core.load::<u64>(0x21_ff0), Ok(0x1122_3344_5566_7788));
+        assert_eq!(core.copy_span(0x21_fee, 0x20_000, 0x1000, 4, large), Ok(16));
+        // Bytes that overlap spread; longer elements that overlap are not done this way.
+        assert_eq!(core.copy_span(0x20_001, 0x20_000, 7, 1, large), Ok(7));
+        assert_eq!(core.load::<u64>(0x20_000), Ok(0x8888_8888_8888_8888));
+        assert_eq!(core.copy_span(0x20_002, 0x20_000, 8, 4, large), Ok(0));
+        assert_eq!(
+            core.copy_span(0x20_000, 0x20_002, 8, 4, large),
+            Ok(8),
+            "downwards nothing is read twice"
+        );
+    }
     for (element, expected) in [
         (1, 0x8888_8888_8888_8888),
         (2, 0x7788_7788_7788_7788),
