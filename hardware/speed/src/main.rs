@@ -123,10 +123,12 @@ extern "C" fn first_processor() -> ! {
     power::off(true)
 }
 
-/// One kernel after the other on this processor's part of the memory.
-extern "sysv64" fn thread(processor: usize) -> ! {
+/// One kernel after the other on this processor's part of the memory: those whose bit is set in
+/// `which`.
+extern "sysv64" fn thread(processor: usize, which: usize) -> ! {
     announce(b'+');
-    for (_, kernel, rounds) in KERNELS {
+    let chosen = KERNELS.iter().enumerate();
+    for (_, &(_, kernel, rounds)) in chosen.filter(|(number, _)| which >> number & 1 != 0) {
         // SAFETY: each processor has its own.
         unsafe { kernel(rounds, (MEMORY + processor * MEMORY_BYTES) as *mut u8) };
     }

@@ -1,9 +1,10 @@
 //! A KVM program that times the kernels of `hardware/speed`.
 //!
-//! `speed-client IMAGE [identity]` runs the image and prints lines of `name figure`: for each kernel
-//! its nanoseconds and, after `.instructions`, the instructions that the guest executed; under
-//! `identity` guest-physical memory lies at equal host addresses. Then all kernels run once more, on one
-//! processor (`one`) and on two at a time (`two`).
+//! `speed-client IMAGE` runs the image and prints lines of `name figure`: for each kernel its
+//! nanoseconds and, after `.instructions`, the instructions that the guest executed. Then all kernels
+//! run once more, on one processor (`one`) and on two at a time (`two`); and the one of loads and
+//! stores in turns with a second VM whose guest-physical memory lies at equal host addresses (`hits`,
+//! `hits.identity`).
 //!
 //! UNSAFETY: mapping guest memory and handing it to KVM are unsafe operations of `kvm-ioctls` and
 //! `rustix`, and statistics are an ioctl that `kvm-ioctls` does not have.
@@ -12,7 +13,7 @@
 use anyhow::{Context, Result, bail, ensure};
 use example_parts::enter_flat_mode;
 use kvm_bindings::{kvm_regs, kvm_sregs, kvm_userspace_memory_region};
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -35,6 +36,12 @@ const MARK: u16 = 0xe9;
 const THREAD: u16 = 0xe8;
 const OFF: u16 = 0xf4;
 
+/// Every kernel.
+const ALL: u64 = (1 << KERNELS.len()) - 1;
+
+/// How often two VMs take turns.
+const TURNS: usize = 7;
+
 /// What the image announces, in its order.
 const NAMES: [&str; KERNELS.len() + 3] = {
     let mut names = ["tight", "stride", "copy", "", "", "", "", "", ""];
@@ -52,53 +59,21 @@ const NAMES: [&str; KERNELS.len() + 3] = {
 };
 
 fn main() -> Result<()> {
-    let mut arguments = std::env::args().skip(1);
-    let image = arguments
-        .next()
-        .context("usage: speed-client IMAGE [identity]")?;
-    let identity = arguments.next().as_deref() == Some("identity");
+    let image = std::env::args()
+        .nth(1)
+        .context("usage: speed-client IMAGE")?;
     let image = std::fs::read(&image).with_context(|| format!("reading {image}"))?;
+    ensure!(image.len() < STRIDE - IMAGE, "the image is too large");
 
-    let vm = Kvm::new().context("opening /dev/kvm")?.create_vm()?;
-    let first = if identity { IMAGE } else { 0 };
-    let bytes = MEMORY_END - first;
-    let at = if identity { first } else { 0 };
-    let fixed = if identity {
-        MapFlags::FIXED_NOREPLACE
-    } else {
-        MapFlags::empty()
-    };
-    // SAFETY: an anonymous mapping where nothing is mapped.
-    let host = unsafe {
-        mmap_anonymous(
-            at as *mut _,
-            bytes,
-            ProtFlags::READ | ProtFlags::WRITE,
-            MapFlags::PRIVATE | MapFlags::NORESERVE | fixed,
-        )
-    }
-    .context("mapping guest memory")?;
-    let place = |gpa: usize| host.cast::<u8>().wrapping_add(gpa - first);
-    // SAFETY: part of the mapping above, which the image's end check keeps inside it.
+    let kvm = Kvm::new().context("opening /dev/kvm")?;
+    let memory = GuestMemory::map(0, None)?;
+    // SAFETY: memory of the VM, which nobody else has yet; the image fits.
     unsafe {
-        // As QEMU does with its guests' memory; but each page that is strided over is one of 4 KiB.
-        madvise(host, bytes, Advice::LinuxHugepage)?;
-        madvise(
-            place(STRIDE).cast(),
-            STRIDE_END - STRIDE,
-            Advice::LinuxNoHugepage,
-        )?;
-        ensure!(image.len() < STRIDE - IMAGE, "the image is too large");
-        place(IMAGE).copy_from_nonoverlapping(image.as_ptr(), image.len());
-        vm.set_user_memory_region(kvm_userspace_memory_region {
-            slot: 0,
-            flags: 0,
-            guest_phys_addr: first as u64,
-            memory_size: bytes as u64,
-            userspace_addr: host as u64,
-        })?;
+        memory
+            .at(IMAGE)
+            .copy_from_nonoverlapping(image.as_ptr(), image.len());
     }
-
+    let vm = memory.vm(&kvm)?;
     let mut vcpu = vm.create_vcpu(0)?;
     let statistics = Statistics::of(&vcpu)?;
     let entry = image
@@ -132,15 +107,15 @@ fn main() -> Result<()> {
     let mut other = vm.create_vcpu(1)?;
     // Once so that all memory is there, then what counts.
     for _ in 0..2 {
-        start(&vcpu, &sregs, thread, 0)?;
-        start(&other, &sregs, thread, 1)?;
+        start(&vcpu, &sregs, thread, 0, ALL)?;
+        start(&other, &sregs, thread, 1, ALL)?;
         finish(&mut other)?;
         finish(&mut vcpu)?;
     }
-    start(&vcpu, &sregs, thread, 0)?;
+    start(&vcpu, &sregs, thread, 0, ALL)?;
     println!("one {}", finish(&mut vcpu)?);
-    start(&vcpu, &sregs, thread, 0)?;
-    start(&other, &sregs, thread, 1)?;
+    start(&vcpu, &sregs, thread, 0, ALL)?;
+    start(&other, &sregs, thread, 1, ALL)?;
     let both = Instant::now();
     std::thread::scope(|scope| {
         let second = scope.spawn(|| finish(&mut other));
@@ -151,7 +126,92 @@ fn main() -> Result<()> {
         }
     })?;
     println!("two {}", both.elapsed().as_nanos());
+
+    let equal = GuestMemory::map(IMAGE, Some(IMAGE))?;
+    // SAFETY: both are mapped so far; no vCPU runs.
+    unsafe {
+        equal
+            .at(IMAGE)
+            .copy_from_nonoverlapping(memory.at(IMAGE), STRIDE - IMAGE);
+    }
+    let equal = equal.vm(&kvm)?;
+    let mut identity = equal.create_vcpu(0)?;
+    let loads = KERNELS.iter().position(|(name, ..)| *name == "memory");
+    let loads = 1 << loads.context("there is no kernel of loads and stores")?;
+    let (mut hits, mut same) = (Vec::new(), Vec::new());
+    for _ in 0..TURNS {
+        for (vcpu, times) in [(&mut vcpu, &mut hits), (&mut identity, &mut same)] {
+            start(vcpu, &sregs, thread, 0, loads)?;
+            times.push(finish(vcpu)?);
+        }
+    }
+    // What disturbs a turn makes it longer.
+    println!("hits {}", hits.iter().min().context("no turns")?);
+    println!("hits.identity {}", same.iter().min().context("no turns")?);
     Ok(())
+}
+
+/// Memory for a VM, from a guest-physical address to [`MEMORY_END`].
+struct GuestMemory {
+    first: usize,
+    host: *mut u8,
+}
+
+impl GuestMemory {
+    /// Maps it: at a host address, or where the kernel likes.
+    fn map(first: usize, at: Option<usize>) -> Result<Self> {
+        let bytes = MEMORY_END - first;
+        let fixed = match at {
+            Some(_) => MapFlags::FIXED_NOREPLACE,
+            None => MapFlags::empty(),
+        };
+        // SAFETY: an anonymous mapping where nothing is mapped.
+        let host = unsafe {
+            mmap_anonymous(
+                at.unwrap_or(0) as *mut _,
+                bytes,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::NORESERVE | fixed,
+            )
+        }
+        .context("mapping guest memory")?;
+        let memory = Self {
+            first,
+            host: host.cast(),
+        };
+        // SAFETY: parts of the mapping above.
+        unsafe {
+            // As QEMU does with its guests' memory; but each page that is strided over is one of 4 KiB.
+            madvise(host, bytes, Advice::LinuxHugepage)?;
+            madvise(
+                memory.at(STRIDE).cast(),
+                STRIDE_END - STRIDE,
+                Advice::LinuxNoHugepage,
+            )?;
+        }
+        Ok(memory)
+    }
+
+    /// Where the memory at a guest-physical address is.
+    fn at(&self, gpa: usize) -> *mut u8 {
+        self.host.wrapping_add(gpa - self.first)
+    }
+
+    /// A VM that has this memory.
+    fn vm(&self, kvm: &Kvm) -> Result<VmFd> {
+        let vm = kvm.create_vm()?;
+        // SAFETY: the mapping stays until the process ends.
+        unsafe {
+            vm.set_user_memory_region(kvm_userspace_memory_region {
+                slot: 0,
+                flags: 0,
+                guest_phys_addr: self.first as u64,
+                memory_size: (MEMORY_END - self.first) as u64,
+                userspace_addr: self.host as u64,
+            })?;
+        }
+        Ok(vm)
+    }
 }
 
 /// What the guest writes to a port next.
@@ -167,12 +227,13 @@ fn output(vcpu: &mut VcpuFd) -> Result<(u16, u32)> {
     }
 }
 
-/// Lets a processor run all kernels, in the state of the first.
-fn start(vcpu: &VcpuFd, sregs: &kvm_sregs, thread: u64, processor: u64) -> Result<()> {
+/// Lets a processor run the kernels whose bits are set in `which`, in the state of the first.
+fn start(vcpu: &VcpuFd, sregs: &kvm_sregs, thread: u64, processor: u64, which: u64) -> Result<()> {
     vcpu.set_sregs(sregs)?;
     vcpu.set_regs(&kvm_regs {
         rip: thread,
         rdi: processor,
+        rsi: which,
         // As after a call: not aligned.
         rsp: STACKS + (processor << 16) + 0x8000 - 8,
         rflags: 2,
