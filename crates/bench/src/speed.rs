@@ -142,7 +142,7 @@ pub(crate) fn rows(meter: Meter) -> Result<Vec<Row>> {
     rows.push(ratio(
         "processor: rep movsb of 1 GiB / the host's memcpy",
         Reach::AtLeast(0.5),
-        "the copy stops at each page to translate the next",
+        "the copy stops at each page to translate the next, and fences its stores there",
         host.samples(time("memcpy")),
         ours.samples(time("copy")),
     ));
