@@ -28,7 +28,7 @@ protected:
 touch:
   mov al, [esi]
   add esi, 0x20000
-  cmp esi, 0x300000
+  cmp esi, [0x100014]           ; where the image ends
   jb touch
   cmp dword [0x100000], 0x1badb002
   jne missing
