@@ -17,6 +17,7 @@ mod sequences;
 mod state;
 #[path = "../support/mod.rs"]
 mod support;
+mod undefined;
 mod verdict;
 
 use forms::Generator;

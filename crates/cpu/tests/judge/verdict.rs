@@ -1,9 +1,9 @@
 //! Comparing the two sides.
 
 use crate::state::{Case, DATA, Outcome, RSP, Registers, flag};
+use crate::undefined;
 use iced_x86::{
-    Code, CpuidFeature, FlowControl, Formatter, Instruction, Mnemonic, NasmFormatter, OpKind,
-    Register,
+    Code, CpuidFeature, FlowControl, Formatter, Instruction, Mnemonic, NasmFormatter, Register,
 };
 use std::fmt::Write as _;
 
@@ -52,128 +52,24 @@ pub fn host_has(code: Code) -> bool {
     })
 }
 
-/// How many places a shift or rotation moves, if the instruction is one.
-fn shift_count(case: &Case, instruction: &Instruction) -> Option<(u64, u64)> {
-    use Mnemonic as M;
-    let last = instruction.op_count().checked_sub(1)?;
-    match instruction.mnemonic() {
-        M::Shl
-        | M::Sal
-        | M::Shr
-        | M::Sar
-        | M::Rol
-        | M::Ror
-        | M::Rcl
-        | M::Rcr
-        | M::Shld
-        | M::Shrd => {}
-        _ => return None,
-    }
-    let raw = match instruction.op_kind(last) {
-        OpKind::Register => case.registers.gpr[1],
-        _ => instruction.immediate(last),
-    };
-    let width = match instruction.op0_kind() {
-        OpKind::Register => instruction.op0_register().size() as u64 * 8,
-        _ => instruction.memory_size().size() as u64 * 8,
-    };
-    let masked = if width == 64 { raw & 63 } else { raw & 31 };
-    Some((masked, width))
-}
-
 /// Whether the architecture says what the case does.
 pub fn is_defined(case: &Case, instruction: &Instruction) -> bool {
-    use Mnemonic as M;
-    match instruction.mnemonic() {
-        // A count above the operand's width.
-        M::Shld | M::Shrd => {
-            shift_count(case, instruction).is_none_or(|(count, width)| count <= width)
-        }
-        M::Bswap => instruction.op0_register().size() > 2,
-        // Intel reads two bytes, AMD four.
-        M::Movsxd => {
-            instruction.code() != Code::Movsxd_r16_rm16
-                || instruction.op1_kind() == OpKind::Register
-        }
-        // Intel ignores REX.B, which makes AMD's an exchange of RAX and R8.
-        M::Pause => case.bytes[case.bytes.len() - 2] & 0xf1 != 0x41,
-        // Intel ignores the operand size prefix in 64-bit code, AMD truncates RIP.
-        _ if case.bitness == 64 && is_near_branch(instruction) => !has_operand_size_prefix(case),
-        _ => true,
-    }
-}
-
-/// Whether the instruction may set RIP and stays in its segment.
-fn is_near_branch(instruction: &Instruction) -> bool {
-    use iced_x86::FlowControl as F;
-    matches!(
-        instruction.flow_control(),
-        F::UnconditionalBranch
-            | F::ConditionalBranch
-            | F::Call
-            | F::IndirectBranch
-            | F::IndirectCall
-            | F::Return
+    undefined::is_defined(
+        instruction,
+        &case.bytes,
+        case.bitness,
+        case.registers.gpr[1],
     )
-}
-
-fn has_operand_size_prefix(case: &Case) -> bool {
-    case.bytes
-        .iter()
-        .take_while(|byte| {
-            matches!(
-                byte,
-                0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3
-            )
-        })
-        .any(|&byte| byte == 0x66)
 }
 
 /// Flags that are not compared after the instruction has completed.
 pub fn undefined_flags(case: &Case, instruction: &Instruction) -> u64 {
-    use Mnemonic as M;
-    use iced_x86::RflagsBits as R;
-    let bits = instruction.rflags_undefined();
-    let mut undefined = 0;
-    for (theirs, ours) in [
-        (R::OF, flag::OF),
-        (R::SF, flag::SF),
-        (R::ZF, flag::ZF),
-        (R::AF, flag::AF),
-        (R::CF, flag::CF),
-        (R::PF, flag::PF),
-    ] {
-        if bits & theirs != 0 {
-            undefined |= ours;
-        }
-    }
-    if let Some((count, width)) = shift_count(case, instruction) {
-        let rotates = matches!(instruction.mnemonic(), M::Rol | M::Ror | M::Rcl | M::Rcr);
-        match count {
-            0 => undefined = 0,
-            1 => {
-                undefined &= !flag::OF;
-            }
-            _ => {
-                undefined |= flag::OF;
-                // CF holds no bit of the operand when the count exceeds its width.
-                if !rotates
-                    && count > width
-                    && matches!(instruction.mnemonic(), M::Shl | M::Shr | M::Sal)
-                {
-                    undefined |= flag::CF;
-                }
-            }
-        }
-    }
-    undefined
+    undefined::undefined_flags(instruction, case.registers.gpr[1])
 }
 
 /// Whether the instruction leaves its destination undefined, so that only flags can be compared.
-fn undefined_destination(case: &Case, instruction: &Instruction, expected: &Outcome) -> bool {
-    let _ = case;
-    matches!(instruction.mnemonic(), Mnemonic::Bsf | Mnemonic::Bsr)
-        && expected.registers.rflags & flag::ZF != 0
+fn undefined_destination(instruction: &Instruction, expected: &Outcome) -> bool {
+    undefined::may_leave_destination(instruction) && expected.registers.rflags & flag::ZF != 0
 }
 
 /// Bits of a vector register that are compared after a fault: all but for a gather, which may have
@@ -272,7 +168,7 @@ pub fn compare(
     // Some processors change registers as POPA goes and leave them changed when it faults.
     let popa_fault =
         expected.vector == 14 && matches!(instruction.mnemonic(), Mnemonic::Popa | Mnemonic::Popad);
-    let skip = undefined_destination(case, instruction, expected)
+    let skip = undefined_destination(instruction, expected)
         .then(|| instruction.op0_register().full_register());
     for (i, name) in names.into_iter().enumerate().take(count) {
         if popa_fault && i != RSP || skip.is_some_and(|register: Register| register.number() == i) {
