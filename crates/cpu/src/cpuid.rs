@@ -22,6 +22,7 @@ mod leaf1_edx {
     pub(super) const PAT: u32 = 1 << 16;
     pub(super) const PSE36: u32 = 1 << 17;
     pub(super) const CLFLUSH: u32 = 1 << 19;
+    pub(super) const MMX: u32 = 1 << 23;
     pub(super) const FXSR: u32 = 1 << 24;
     pub(super) const SSE: u32 = 1 << 25;
     pub(super) const SSE2: u32 = 1 << 26;
@@ -182,6 +183,7 @@ pub fn supported(kind: SecondStageKind, physical_bits: u8) -> Vec<CpuidEntry> {
                 | leaf1_edx::PAT
                 | leaf1_edx::PSE36
                 | leaf1_edx::CLFLUSH
+                | leaf1_edx::MMX
                 | leaf1_edx::FXSR
                 | leaf1_edx::SSE
                 | leaf1_edx::SSE2,

@@ -12,6 +12,8 @@ pub(crate) enum Kind {
     None,
     /// A general register.
     Reg,
+    /// An MMX register.
+    Mm,
     /// An XMM register.
     Xmm,
     /// A YMM register.
@@ -31,6 +33,16 @@ pub(crate) enum Kind {
     Far,
     /// What string instructions imply, and registers of parts that are not there.
     Other,
+}
+
+impl Kind {
+    /// A register that an operation names by its slot.
+    fn is_register(self) -> bool {
+        matches!(
+            self,
+            Self::Reg | Self::Mm | Self::Xmm | Self::Ymm | Self::Seg | Self::Control | Self::Debug
+        )
+    }
 }
 
 /// How the memory operand's address is formed; names the types of [`crate::op`].
@@ -132,6 +144,8 @@ fn kind_of(instruction: &Instruction, operand: u32) -> Kind {
             let register = instruction.op_register(operand);
             if register.is_gpr() {
                 Kind::Reg
+            } else if register.is_mm() {
+                Kind::Mm
             } else if register.is_xmm() && register.number() < 16 {
                 Kind::Xmm
             } else if register.is_ymm() && register.number() < 16 {
@@ -224,9 +238,7 @@ impl Form {
     pub(crate) fn operand_width(&self, operand: u32) -> usize {
         match self.kinds.get(operand as usize) {
             Some(Kind::Mem) => self.instruction.memory_size().size(),
-            Some(Kind::Reg | Kind::Xmm | Kind::Ymm | Kind::Seg | Kind::Control | Kind::Debug) => {
-                self.instruction.op_register(operand).size()
-            }
+            Some(kind) if kind.is_register() => self.instruction.op_register(operand).size(),
             _ => match self.instruction.op_kind_or_none(operand) {
                 Some(OpKind::Immediate8 | OpKind::Immediate8_2nd) => 1,
                 Some(OpKind::Immediate16 | OpKind::Immediate8to16) => 2,
@@ -347,7 +359,7 @@ impl Form {
         let mut immediates = 0;
         for (operand, kind) in (0u32..).zip(self.kinds) {
             match kind {
-                Kind::Reg | Kind::Xmm | Kind::Ymm | Kind::Seg | Kind::Control | Kind::Debug => {
+                _ if kind.is_register() => {
                     let register = instruction.op_register(operand);
                     let slot = if kind == Kind::Seg {
                         segment_of(register)
@@ -398,7 +410,7 @@ impl Form {
                     op.imm = offset | u64::from(instruction.far_branch_selector()) << 32;
                 }
                 Kind::Other => op.implied_string_operand(instruction, operand, self.mode),
-                Kind::None => {}
+                _ => {}
             }
         }
         op

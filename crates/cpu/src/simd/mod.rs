@@ -1,10 +1,9 @@
-//! SSE to SSE4.2, AES and PCLMULQDQ on vector registers, AVX, AVX2, FMA and F16C.
+//! MMX, SSE to SSE4.2, AES and PCLMULQDQ, AVX, AVX2, FMA and F16C.
 //!
 //! One file a subject; each has a `select` that gives the handler for a decoded instruction. What
 //! an instruction computes is a function over values of 128 bits, most of them the host's own
-//! instruction (`host`); handlers fetch operands (`operand`), compute on each lane, and store.
-//!
-//! The forms on MMX registers are not executed.
+//! instruction (`host`); handlers fetch operands (`operand`, and `mmx` for its registers), compute on
+//! each lane, and store.
 
 mod compare;
 mod convert;
@@ -19,6 +18,7 @@ mod host;
 pub(crate) mod image;
 mod integer;
 mod masked;
+mod mmx;
 mod moves;
 pub(crate) mod mxcsr;
 mod operand;
@@ -44,8 +44,11 @@ pub(crate) fn select(form: &Form) -> Option<Handler> {
     if let Some(handler) = moves::select_ungated(form).or_else(|| image::select(form)) {
         return Some(handler);
     }
-    // MMX registers, and the string instructions that share the names MOVSD and CMPSD.
-    let masked_store = matches!(form.mnemonic, Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu);
+    // The string instructions that share the names MOVSD and CMPSD.
+    let masked_store = matches!(
+        form.mnemonic,
+        Mnemonic::Maskmovq | Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu
+    );
     if form.kinds.contains(&Kind::Other) && !masked_store {
         return None;
     }
@@ -55,6 +58,7 @@ pub(crate) fn select(form: &Form) -> Option<Handler> {
         return None;
     }
     let handler = moves::select(form)
+        .or_else(|| mmx::select(form))
         .or_else(|| integer::select(form))
         .or_else(|| float::select(form))
         .or_else(|| convert::select(form))
@@ -68,6 +72,9 @@ pub(crate) fn select(form: &Form) -> Option<Handler> {
         .or_else(|| half::select(form))
         .or_else(|| masked::select(form))
         .or_else(|| gather::select(form))?;
+    if mmx::is_mmx_only(form) {
+        return Some(handler);
+    }
     let (enabled, otherwise): (_, Handler) = if form.is_vex {
         (Mode::AVX, avx_switched_off)
     } else {
@@ -120,7 +127,7 @@ impl Host {
     fn offers(self, feature: CpuidFeature) -> bool {
         use CpuidFeature as F;
         match feature {
-            F::SSE | F::SSE2 => true,
+            F::MMX | F::SSE | F::SSE2 => true,
             F::SSE3 => self.sse3,
             F::SSSE3 => self.ssse3,
             F::SSE4_1 => self.sse41,
@@ -140,8 +147,7 @@ impl Host {
     /// Asks the host's CPUID (once; the answer is kept). Each level implies the one before, as in
     /// every processor there is.
     ///
-    /// Every instruction on vector registers of the levels given here, and of SSE and SSE2, is
-    /// executed, so this is also what a guest's CPUID may offer.
+    /// Every instruction of the levels given here, and of MMX, SSE and SSE2, is executed, so this is also what a guest's CPUID may offer.
     pub(crate) fn detected() -> Self {
         let sse3 = is_x86_feature_detected!("sse3");
         let ssse3 = sse3 && is_x86_feature_detected!("ssse3");

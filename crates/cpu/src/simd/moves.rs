@@ -1,14 +1,16 @@
 //! Moves between vector registers, general registers and memory.
 
 use super::image::vector_count;
+use super::mmx::{FromMmx, Mmx, MmxSrc};
 use super::operand::{
-    Aligned, General, Lanes, Legacy, One, Shape, Two, Unaligned, Vex, binary, unary,
+    Aligned, General, Lanes, Legacy, Low32, Low64, One, Shape, Two, Unaligned, VectorSrc, Vex,
+    binary, unary,
 };
 use super::{host, mxcsr};
 use crate::core_state::Core;
 use crate::form::{Form, Kind, by_address};
 use crate::int::Int;
-use crate::op::{Address, Handler, Mem, Op, Place as _, Read as _, Segmented, Src};
+use crate::op::{Address, Dst, Handler, Mem, Op, Place, Read as _, Segmented, Src};
 use crate::state::gpr;
 use crate::trap::Trap;
 use iced_x86::Mnemonic as M;
@@ -50,6 +52,13 @@ macro_rules! from_general {
 macro_rules! gather_bits {
     ($form:expr, $bits:expr, $count:literal) => {
         match $form.kinds[1] {
+            Kind::Mm => |core, op| {
+                core.require_mmx()?;
+                let bits = $bits(core.mm(op.src).into());
+                core.enter_mmx();
+                core.set_reg(op.dst, bits);
+                Ok(())
+            },
             Kind::Xmm => |core, op| {
                 core.set_reg(op.dst, $bits(core.xmm(op.src)));
                 Ok(())
@@ -101,6 +110,10 @@ pub(super) fn select(form: &Form) -> Option<Handler> {
             _ => return None,
         },
         M::Movd | M::Vmovd => match form.kinds {
+            [Kind::Mm, Kind::Reg, ..] => load::<Mmx<General<Src, u32>>>,
+            [Kind::Mm, ..] => load::<Mmx<Low32<Segmented>>>,
+            [Kind::Reg, Kind::Mm, ..] => half_to::<u32, Dst>,
+            [Kind::Mem, Kind::Mm, ..] => half_to::<u32, Mem<Segmented>>,
             [Kind::Xmm, Kind::Reg, ..] => from_general!(form, u32),
             [Kind::Xmm, Kind::Mem, ..] => unary!(form, Low32, |b| b),
             [Kind::Reg, Kind::Xmm, ..] => |core, op| {
@@ -111,6 +124,11 @@ pub(super) fn select(form: &Form) -> Option<Handler> {
             _ => return None,
         },
         M::Movq | M::Vmovq => match form.kinds {
+            [Kind::Mm, Kind::Reg, ..] => load::<Mmx<General<Src, u64>>>,
+            [Kind::Mm, Kind::Mm, ..] => load::<Mmx<MmxSrc>>,
+            [Kind::Mm, ..] => load::<Mmx<Low64<Segmented>>>,
+            [Kind::Reg, Kind::Mm, ..] => half_to::<u64, Dst>,
+            [Kind::Mem, Kind::Mm, ..] => half_to::<u64, Mem<Segmented>>,
             [Kind::Xmm, Kind::Reg, ..] => from_general!(form, u64),
             [Kind::Xmm, ..] => unary!(form, Low64, |b: u128| b & LOW64),
             [Kind::Reg, Kind::Xmm, ..] => |core, op| {
@@ -120,6 +138,9 @@ pub(super) fn select(form: &Form) -> Option<Handler> {
             [Kind::Mem, Kind::Xmm, ..] => by_address!(form, A => store_low64::<A>),
             _ => return None,
         },
+        M::Movntq => half_to::<u64, Mem<Segmented>>,
+        M::Movq2dq => load::<FromMmx>,
+        M::Movdq2q => load::<Mmx<VectorSrc<One>>>,
         M::Movlps | M::Movlpd | M::Vmovlps | M::Vmovlpd => match form.kinds[0] {
             Kind::Xmm => binary!(form, Low64, |a: u128, b: u128| a & !LOW64 | b),
             _ => by_address!(form, A => store_low64::<A>),
@@ -144,7 +165,16 @@ pub(super) fn select(form: &Form) -> Option<Handler> {
         M::Movmskps | M::Vmovmskps => gather_bits!(form, host::movmskps, 4),
         M::Movmskpd | M::Vmovmskpd => gather_bits!(form, host::movmskpd, 2),
         M::Pmovmskb | M::Vpmovmskb => gather_bits!(form, host::pmovmskb, 16),
-        M::Maskmovdqu | M::Vmaskmovdqu => masked_store,
+        M::Maskmovdqu | M::Vmaskmovdqu => {
+            |core, op| masked_store(core, op, core.xmm(op.src), core.xmm(op.aux), 16)
+        }
+        M::Maskmovq => |core, op| {
+            core.require_mmx()?;
+            let (value, mask) = (core.mm(op.src).into(), core.mm(op.aux).into());
+            masked_store(core, op, value, mask, 8)?;
+            core.enter_mmx();
+            Ok(())
+        },
         M::Vzeroupper => |core, _| {
             let count = vector_count(core);
             core.vectors.ymm_high[..count].fill(0);
@@ -190,7 +220,8 @@ pub(super) fn select_ungated(form: &Form) -> Option<Handler> {
 }
 
 const LOW32: u128 = u32::MAX as u128;
-const LOW64: u128 = u64::MAX as u128;
+/// The lower half of a lane.
+pub(super) const LOW64: u128 = u64::MAX as u128;
 /// The even 32-bit lanes.
 const EVEN32: u128 = LOW64 << 64 & LOW32 << 64 | LOW32;
 
@@ -225,15 +256,23 @@ fn store_general<T: Int, A: Address>(core: &mut Core, op: &Op) -> Result<(), Tra
     Mem::<A>::write(core, op, value)
 }
 
-/// MASKMOVDQU: stores the bytes whose mask has its top bit set. Whether pages that no such byte lies
-/// in may fault is left to the implementation; here all 16 bytes must be writable.
-fn masked_store(core: &mut Core, op: &Op) -> Result<(), Trap> {
-    let value = core.xmm(op.src).to_le_bytes();
-    let mask = host::pmovmskb(core.xmm(op.aux));
+/// An MMX register's lowest bits to a general register or memory.
+fn half_to<T: Int, D: Place>(core: &mut Core, op: &Op) -> Result<(), Trap> {
+    core.require_mmx()?;
+    D::write(core, op, T::truncate(core.mm(op.src)))?;
+    core.enter_mmx();
+    Ok(())
+}
+
+/// MASKMOVDQU and MASKMOVQ: stores those of the lowest bytes whose mask has its top bit set. Whether
+/// pages that no such byte lies in may fault is left to the implementation; here all must be
+/// writable.
+fn masked_store(core: &mut Core, op: &Op, value: u128, mask: u128, bytes: u64) -> Result<(), Trap> {
+    let mask = host::pmovmskb(mask);
     let offset = core.regs[gpr::RDI] & op.address_mask();
-    let linear = core.linear(op.seg, offset, 16, true)?;
-    core.touch_write(linear, 16)?;
-    for (i, &byte) in (0u64..).zip(&value) {
+    let linear = core.linear(op.seg, offset, bytes, true)?;
+    core.touch_write(linear, bytes)?;
+    for (i, byte) in (0..bytes).zip(value.to_le_bytes()) {
         if mask >> i & 1 != 0 {
             core.store(linear.wrapping_add(i), byte)?;
         }

@@ -367,8 +367,24 @@ impl<S: Source> Shape for Vex<S> {
 ///
 /// - `binary`: two, of which the legacy encoding has the first in the destination;
 /// - `unary`: one, beside a destination that is only written;
-/// - `pair`: two, and no destination.
+/// - `pair`: two, and no destination;
+/// - `mmx`: one or two, on MMX registers.
 macro_rules! by_shape {
+    (mmx, $form:expr, $memory:ident, $x:ident => $handler:expr) => {
+        match $form.kinds[1] {
+            $crate::form::Kind::Mm => {
+                type $x = $crate::simd::mmx::Mmx<$crate::simd::mmx::MmxSrc>;
+                $handler as $crate::op::Handler
+            }
+            $crate::form::Kind::Mem => {
+                type $x = $crate::simd::mmx::Mmx<
+                    $crate::simd::operand::$memory<$crate::op::Segmented>,
+                >;
+                $handler as $crate::op::Handler
+            }
+            _ => return None,
+        }
+    };
     (binary, $form:expr, $memory:ident, $x:ident => $handler:expr) => {
         if $form.is_vex {
             $crate::simd::operand::by_shape!(
@@ -451,7 +467,10 @@ pub(super) use by_shape;
 /// A handler that gives to the destination what a function makes of each lane of both sources.
 macro_rules! binary {
     ($form:expr, $memory:ident, $value:expr) => {
-        $crate::simd::operand::by_shape!(binary, $form, $memory, X => |core, op| {
+        $crate::simd::operand::binary!(@ binary, $form, $memory, $value)
+    };
+    (@ $sources:ident, $form:expr, $memory:ident, $value:expr) => {
+        $crate::simd::operand::by_shape!($sources, $form, $memory, X => |core, op| {
             use $crate::simd::operand::{Lanes, Shape};
             let b = <X as Shape>::second(core, op)?;
             let result = Lanes::zip(<X as Shape>::first(core, op), b, $value);
@@ -462,10 +481,41 @@ macro_rules! binary {
 }
 pub(super) use binary;
 
+/// As [`binary`], of aligned memory or MMX registers and memory of 64 bits. An instruction that
+/// works across lanes has a function of its own for halves of a lane; one that reads less memory
+/// then says how much.
+macro_rules! packed {
+    ($form:expr, $value:expr) => {
+        $crate::simd::operand::packed!($form, $value, Low64, $value)
+    };
+    ($form:expr, $value:expr, $memory:ident, $half:expr) => {
+        if $form.kinds[0] == $crate::form::Kind::Mm {
+            $crate::simd::operand::binary!(@ mmx, $form, $memory, $half)
+        } else {
+            $crate::simd::operand::binary!($form, Aligned, $value)
+        }
+    };
+}
+pub(super) use packed;
+
+/// As [`packed`], for a function that makes one result of all lanes of the first source and then of
+/// all lanes of the second.
+macro_rules! packed_in_order {
+    ($form:expr, $value:expr) => {
+        $crate::simd::operand::packed!($form, $value, Low64, |a, b| {
+            $value($crate::simd::mmx::joined(a, b), 0)
+        })
+    };
+}
+pub(super) use packed_in_order;
+
 /// A handler that gives to the destination what a function makes of each lane of the only source.
 macro_rules! unary {
     ($form:expr, $memory:ident, $value:expr) => {
-        $crate::simd::operand::by_shape!(unary, $form, $memory, X => |core, op| {
+        $crate::simd::operand::unary!(@ unary, $form, $memory, $value)
+    };
+    (@ $sources:ident, $form:expr, $memory:ident, $value:expr) => {
+        $crate::simd::operand::by_shape!($sources, $form, $memory, X => |core, op| {
             use $crate::simd::operand::{Lanes, Shape};
             let b = <X as Shape>::second(core, op)?;
             <X as Shape>::store(core, op, Lanes::map(b, $value));
@@ -475,6 +525,18 @@ macro_rules! unary {
 }
 pub(super) use unary;
 
+/// As [`unary`], of aligned memory or MMX registers and memory of 64 bits.
+macro_rules! packed_unary {
+    ($form:expr, $value:expr) => {
+        if $form.kinds[0] == $crate::form::Kind::Mm {
+            $crate::simd::operand::unary!(@ mmx, $form, Low64, $value)
+        } else {
+            $crate::simd::operand::unary!($form, Aligned, $value)
+        }
+    };
+}
+pub(super) use packed_unary;
+
 /// As [`binary`], with the low byte of the immediate as the function's third argument. If an upper
 /// lane has bits of the immediate of its own, how many there are for each is said last.
 macro_rules! binary_immediate {
@@ -482,7 +544,10 @@ macro_rules! binary_immediate {
         $crate::simd::operand::binary_immediate!($form, $memory, $value, 0)
     };
     ($form:expr, $memory:ident, $value:expr, $bits:literal) => {
-        $crate::simd::operand::by_shape!(binary, $form, $memory, X => |core, op| {
+        $crate::simd::operand::binary_immediate!(@ binary, $form, $memory, $value, $bits)
+    };
+    (@ $sources:ident, $form:expr, $memory:ident, $value:expr, $bits:literal) => {
+        $crate::simd::operand::by_shape!($sources, $form, $memory, X => |core, op| {
             use $crate::simd::operand::{Lanes, Shape};
             let b = <X as Shape>::second(core, op)?;
             let a = <X as Shape>::first(core, op);
@@ -503,7 +568,10 @@ macro_rules! unary_immediate {
         $crate::simd::operand::unary_immediate!($form, $memory, $value, 0)
     };
     ($form:expr, $memory:ident, $value:expr, $bits:literal) => {
-        $crate::simd::operand::by_shape!(unary, $form, $memory, X => |core, op| {
+        $crate::simd::operand::unary_immediate!(@ unary, $form, $memory, $value, $bits)
+    };
+    (@ $sources:ident, $form:expr, $memory:ident, $value:expr, $bits:literal) => {
+        $crate::simd::operand::by_shape!($sources, $form, $memory, X => |core, op| {
             use $crate::simd::operand::{Lanes, Shape};
             let b = <X as Shape>::second(core, op)?;
             let result = Lanes::zip_numbered(b, b, |i, b, _| {

@@ -2,7 +2,7 @@
 //! or by a count for each lane.
 
 use super::host;
-use super::operand::{Lanes as _, One, Source, Two, Unaligned, VectorAux, binary};
+use super::operand::{Lanes as _, One, Source, Two, Unaligned, VectorAux, binary, packed};
 use crate::core_state::Core;
 use crate::form::{Form, Kind};
 use crate::op::{Handler, Op, Segmented};
@@ -15,14 +15,14 @@ use std::array::from_fn;
 macro_rules! shift {
     ($form:expr, $value:expr) => {
         match $form.kinds {
-            [Kind::Xmm, Kind::Imm, ..] | [_, _, Kind::Imm, _] => {
+            [Kind::Xmm | Kind::Mm, Kind::Imm, ..] | [_, _, Kind::Imm, _] => {
                 by_immediate!($form, |value, count| { $value(value, u128::from(count)) })
             }
             [Kind::Ymm, _, Kind::Xmm, _] => {
                 |core, op| shift_wide::<VectorAux<One>>(core, op, $value)
             }
             [Kind::Ymm, ..] => |core, op| shift_wide::<Unaligned<Segmented>>(core, op, $value),
-            _ => binary!($form, Aligned, $value),
+            _ => packed!($form, $value),
         }
     };
 }
@@ -31,6 +31,12 @@ macro_rules! shift {
 macro_rules! by_immediate {
     ($form:expr, $value:expr) => {
         match ($form.is_vex, $form.is_wide()) {
+            _ if $form.kinds[0] == Kind::Mm => |core, op| {
+                core.require_mmx()?;
+                let result = $value(core.mm(op.dst).into(), op.imm as u8);
+                core.set_mm(op.dst, result as u64);
+                Ok(())
+            },
             (false, _) => |core, op| {
                 let result = $value(core.xmm(op.dst), op.imm as u8);
                 core.set_xmm(op.dst, result);
@@ -57,7 +63,6 @@ macro_rules! by_immediate {
 /// The handler for an instruction of this subject.
 pub(super) fn select(form: &Form) -> Option<Handler> {
     Some(match form.mnemonic {
-        _ if !matches!(form.kinds[0], Kind::Xmm | Kind::Ymm) => return None,
         M::Psllw | M::Vpsllw => shift!(form, host::psllw),
         M::Pslld | M::Vpslld => shift!(form, host::pslld),
         M::Psllq | M::Vpsllq => shift!(form, host::psllq),

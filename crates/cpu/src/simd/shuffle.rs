@@ -1,9 +1,10 @@
 //! Lanes rearranged: shuffles, packing and unpacking, blends, insertion and extraction, widening.
 
 use super::host;
+use super::mmx::joined;
 use super::operand::{
     Lanes as _, Legacy, Low16, Low32, Low64, Memory, One, Shape, Source, Two, VectorSrc, Vex,
-    binary, binary_immediate, by_shape, unary, unary_immediate,
+    binary, binary_immediate, by_shape, packed, packed_in_order, unary, unary_immediate,
 };
 use crate::core_state::Core;
 use crate::form::{Form, Kind, by_address};
@@ -44,29 +45,52 @@ macro_rules! blend_by_mask {
 /// The handler for an instruction of this subject.
 pub(super) fn select(form: &Form) -> Option<Handler> {
     Some(match form.mnemonic {
-        M::Packssdw | M::Vpackssdw => binary!(form, Aligned, host::packssdw),
-        M::Packsswb | M::Vpacksswb => binary!(form, Aligned, host::packsswb),
-        M::Packuswb | M::Vpackuswb => binary!(form, Aligned, host::packuswb),
-        M::Punpcklbw | M::Vpunpcklbw => binary!(form, Aligned, host::punpcklbw),
-        M::Punpcklwd | M::Vpunpcklwd => binary!(form, Aligned, host::punpcklwd),
-        M::Punpckldq | M::Vpunpckldq => binary!(form, Aligned, host::punpckldq),
+        M::Packssdw | M::Vpackssdw => packed_in_order!(form, host::packssdw),
+        M::Packsswb | M::Vpacksswb => packed_in_order!(form, host::packsswb),
+        M::Packuswb | M::Vpackuswb => packed_in_order!(form, host::packuswb),
+        M::Punpcklbw | M::Vpunpcklbw => packed!(form, host::punpcklbw, Low32, host::punpcklbw),
+        M::Punpcklwd | M::Vpunpcklwd => packed!(form, host::punpcklwd, Low32, host::punpcklwd),
+        M::Punpckldq | M::Vpunpckldq => packed!(form, host::punpckldq, Low32, host::punpckldq),
         M::Punpcklqdq | M::Vpunpcklqdq => binary!(form, Aligned, host::punpcklqdq),
-        M::Punpckhbw | M::Vpunpckhbw => binary!(form, Aligned, host::punpckhbw),
-        M::Punpckhwd | M::Vpunpckhwd => binary!(form, Aligned, host::punpckhwd),
-        M::Punpckhdq | M::Vpunpckhdq => binary!(form, Aligned, host::punpckhdq),
+        M::Punpckhbw | M::Vpunpckhbw => {
+            packed!(form, host::punpckhbw, Low64, |a, b| host::punpcklbw(a, b)
+                >> 64)
+        }
+        M::Punpckhwd | M::Vpunpckhwd => {
+            packed!(form, host::punpckhwd, Low64, |a, b| host::punpcklwd(a, b)
+                >> 64)
+        }
+        M::Punpckhdq | M::Vpunpckhdq => {
+            packed!(form, host::punpckhdq, Low64, |a, b| host::punpckldq(a, b)
+                >> 64)
+        }
         M::Punpckhqdq | M::Vpunpckhqdq => binary!(form, Aligned, host::punpckhqdq),
         M::Unpcklps | M::Vunpcklps => binary!(form, Aligned, host::unpcklps),
         M::Unpckhps | M::Vunpckhps => binary!(form, Aligned, host::unpckhps),
         M::Unpcklpd | M::Vunpcklpd => binary!(form, Aligned, host::unpcklpd),
         M::Unpckhpd | M::Vunpckhpd => binary!(form, Aligned, host::unpckhpd),
         M::Pshufd | M::Vpshufd => unary_immediate!(form, Aligned, shuffle_32),
+        M::Pshufw => unary_immediate!(@ mmx, form, Low64, shuffle_low_16, 0),
         M::Pshuflw | M::Vpshuflw => unary_immediate!(form, Aligned, shuffle_low_16),
         M::Pshufhw | M::Vpshufhw => unary_immediate!(form, Aligned, shuffle_high_16),
         M::Shufps | M::Vshufps => binary_immediate!(form, Aligned, shuffle_two_32),
         M::Shufpd | M::Vshufpd => binary_immediate!(form, Aligned, shuffle_two_64, 2),
-        M::Pinsrw | M::Vpinsrw if form.kinds[0] == Kind::Xmm => select_insert::<u16>(form)?,
-        M::Pextrw | M::Vpextrw if form.kinds[1] == Kind::Xmm => select_extract::<u16>(form),
-        M::Pshufb | M::Vpshufb => binary!(form, Aligned, host::pshufb),
+        M::Pinsrw | M::Vpinsrw => select_insert::<u16>(form)?,
+        M::Pextrw if form.kinds[1] == Kind::Mm => |core, op| {
+            core.require_mmx()?;
+            let value: u16 = extract(core.mm(op.src).into(), op.imm as u8 & 3);
+            core.enter_mmx();
+            core.set_reg(op.dst, value.zero_extend());
+            Ok(())
+        },
+        M::Pextrw | M::Vpextrw => select_extract::<u16>(form),
+        M::Pshufb | M::Vpshufb => packed!(form, host::pshufb, Low64, |a, b| host::pshufb(
+            joined(a, a),
+            b
+        )),
+        M::Palignr if form.kinds[0] == Kind::Mm => {
+            binary_immediate!(@ mmx, form, Low64, |a, b, by| align_right(0, joined(b, a), by), 0)
+        }
         M::Palignr | M::Vpalignr => binary_immediate!(form, Aligned, align_right),
         M::Packusdw | M::Vpackusdw => binary!(form, Aligned, host::packusdw),
         M::Pmovsxbw | M::Vpmovsxbw => widen!(form, Low64, host::pmovsxbw),
@@ -275,6 +299,10 @@ fn extract<T: Int>(b: u128, lane: u8) -> T {
 
 fn select_insert<T: Int>(form: &Form) -> Option<Handler> {
     Some(match (form.is_vex, form.has_memory()) {
+        _ if form.kinds[0] == Kind::Mm => match form.has_memory() {
+            false => insert_half::<T, Src>,
+            true => insert_half::<T, Mem<Segmented>>,
+        },
         (false, false) => insert_from::<T, Src, Legacy<VectorSrc<One>>>,
         (false, true) => {
             by_address!(form, A => insert_from::<T, Mem<A>, Legacy<VectorSrc<One>>>)
@@ -288,6 +316,16 @@ fn insert_from<T: Int, S: Read, X: Shape>(core: &mut Core, op: &Op) -> Result<()
     let value: T = S::read(core, op)?;
     let result = X::first(core, op).map(|a| insert(a, value, op.imm as u8));
     X::store(core, op, result);
+    Ok(())
+}
+
+/// As [`insert_from`], into an MMX register.
+fn insert_half<T: Int, S: Read>(core: &mut Core, op: &Op) -> Result<(), Trap> {
+    core.require_mmx()?;
+    let value: T = S::read(core, op)?;
+    let lane = op.imm as u8 & (64 / T::BITS - 1) as u8;
+    let result = insert(core.mm(op.dst).into(), value, lane);
+    core.set_mm(op.dst, result as u64);
     Ok(())
 }
 
