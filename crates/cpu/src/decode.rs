@@ -103,9 +103,11 @@ pub(crate) fn context_of(mode: Mode, cs_base: u64) -> u64 {
     mode.bits() << 32 | base
 }
 
-fn operation(form: &Form, ip: u64) -> Op {
+/// The operation of an instruction, with which `bytes` begin.
+fn operation(form: &Form, ip: u64, bytes: &[u8]) -> Op {
     let mut op = form.operands(ip, unknown);
     io::note_port(form, &mut op);
+    x87::note_opcode(form, bytes, &mut op);
     op.run = select(form).unwrap_or(unknown);
     op
 }
@@ -192,7 +194,7 @@ impl Core {
             }
             let at = ip.wrapping_add(used as u64);
             let form = Form::new(instruction, self.mode);
-            let op = operation(&form, at);
+            let op = operation(&form, at, &bytes[used..]);
             let pair = match (&previous, ops.last()) {
                 (Some(first), Some(first_op)) => fuse(first, first_op, &form, &op),
                 _ => None,

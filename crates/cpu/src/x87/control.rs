@@ -17,9 +17,8 @@ pub(super) fn select(form: &Form) -> Option<Handler> {
             core.vectors.fsw &= !(status::EXCEPTIONS | status::STACK_FAULT | status::SUMMARY);
             Ok(())
         },
-        (M::Fincstp, _) => |core, _| move_top(core, 1),
-        (M::Fdecstp, _) => |core, _| move_top(core, STACK - 1),
-        (M::Fnop, _) => |core, _| ready(core),
+        // What these did once is not done any more, nor is anything waited for.
+        (M::Fneni | M::Fndisi | M::Fnsetpm, _) => |core, _| require_unit(core),
         (M::Wait, _) => |core, _| {
             const BOTH: u64 = cr0::MP | cr0::TS;
             if core.cr0 & BOTH == BOTH {
@@ -51,21 +50,9 @@ pub(super) fn select(form: &Form) -> Option<Handler> {
     })
 }
 
-/// Registers of the stack.
-const STACK: u16 = 8;
 /// Bits of the control word that can be written, and one that is always set.
 const CONTROL: u16 = 0x1f3f;
 const CONTROL_ONES: u16 = 0x40;
-
-/// FINCSTP and FDECSTP. No register becomes empty or full.
-fn move_top(core: &mut Core, by: u16) -> Result<(), Trap> {
-    ready(core)?;
-    let state = &mut core.vectors;
-    let top = (state.fsw >> status::TOP_SHIFT).wrapping_add(by) << status::TOP_SHIFT & status::TOP;
-    state.fsw = state.fsw & !(status::TOP | status::C1) | top;
-    state.st.rotate_left(by.into());
-    Ok(())
-}
 
 /// FNINIT. The registers are empty, but keep what they hold.
 fn initialise(core: &mut Core, _op: &Op) -> Result<(), Trap> {

@@ -1,9 +1,14 @@
 //! The x87 unit (SDM Vol. 1, "Programming with the x87 FPU").
 //!
 //! The registers are kept as an image has them, from the top of the stack on: when the top moves,
-//! they do. `control` has the instructions that compute nothing.
+//! they do. `control` has the instructions that change how the unit works or tell what it is in,
+//! `compute` all others, which `host` executes.
 
+mod compute;
 mod control;
+mod host;
+
+pub(crate) use compute::note_opcode;
 
 use crate::core_state::Core;
 use crate::form::Form;
@@ -13,17 +18,17 @@ use crate::trap::{Exception, Trap, vector};
 
 /// The handler for an instruction of this subject.
 pub(crate) fn select(form: &Form) -> Option<Handler> {
-    control::select(form)
+    control::select(form).or_else(|| compute::select(form))
 }
 
 /// Fields of the status word.
 mod status {
     /// The exceptions' flags, and in the control word their masks.
     pub(super) const EXCEPTIONS: u16 = 0x3f;
+    pub(super) const PRECISION: u16 = 1 << 5;
     pub(super) const STACK_FAULT: u16 = 1 << 6;
     /// Some unmasked exception's flag is set: ES, and B, which is the same.
     pub(super) const SUMMARY: u16 = 1 << 7 | 1 << 15;
-    pub(super) const C1: u16 = 1 << 9;
     /// The top of the stack, three bits.
     pub(super) const TOP_SHIFT: u32 = 11;
     pub(super) const TOP: u16 = 7 << TOP_SHIFT;

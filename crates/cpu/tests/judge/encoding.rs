@@ -11,17 +11,18 @@ pub fn encode(op: &OpCodeInfo, bitness: u32, rng: &mut Rng) -> Vec<u8> {
         finish(op, rng, &mut bytes);
         return bytes;
     }
-    let op16 = op.operand_size() == 16;
-    if op.mandatory_prefix() == MandatoryPrefix::P66 || op16 || rng.chance(3) {
+    // In 16-bit code the prefix means 32 bits, elsewhere 16.
+    let other_size = op.operand_size() == if bitness == 16 { 32 } else { 16 };
+    if op.mandatory_prefix() == MandatoryPrefix::P66 || other_size || rng.chance(3) {
         bytes.push(0x66);
     }
-    if rng.chance(if op.address_size() == 32 && bitness == 64 {
+    if rng.chance(if op.address_size() == 32 && bitness != 32 {
         100
     } else {
         8
     }) {
         // A 16-bit address in 32-bit code can hardly be aimed.
-        if bitness == 64 {
+        if bitness != 32 {
             bytes.push(0x67);
         }
     }

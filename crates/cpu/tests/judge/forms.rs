@@ -7,10 +7,13 @@
 use crate::encoding::encode;
 use crate::native::plain_registers;
 use crate::rng::Rng;
-use crate::state::{CODE, CODE_BYTES, Case, DATA, DATA_BYTES, GS_BASE, NOWHERE, RSP, flag};
+use crate::state::{
+    CODE, CODE_BYTES, Case, DATA, DATA_BYTES, GS_BASE, NOWHERE, RSP, Registers, SUMMARY, flag,
+};
 use iced_x86::{
     Code, CpuidFeature, Decoder, DecoderOptions, EncodingKind, FlowControl, Instruction,
-    InstructionInfoFactory, Mnemonic, OpCodeInfo, OpKind, Register, UsedMemory,
+    InstructionInfoFactory, MemorySize, Mnemonic, OpCodeInfo, OpCodeTableKind, OpKind, Register,
+    UsedMemory,
 };
 
 /// Makes cases.
@@ -80,6 +83,9 @@ impl Generator {
         registers.st = std::array::from_fn(|_| rng.integers() >> 48);
         registers.fsw = rng.next() as u16 & 0x3800;
         registers.ftw = rng.next() as u8;
+        if is_x87(&instruction) {
+            prepare_x87(&mut registers, rng);
+        }
         if floating && rng.chance(30) {
             // Rounding, DAZ and FTZ; the sticky flags; now and then an unmasked exception.
             registers.mxcsr ^= (rng.next() as u32) & 0xe07f;
@@ -381,10 +387,12 @@ impl Generator {
     ) {
         use Mnemonic as M;
         let gpr = &case.registers.gpr;
-        let mut value = if floating {
-            rng.floats()
-        } else {
-            rng.integers()
+        let mut value = match instruction.memory_size() {
+            _ if floating => rng.floats(),
+            MemorySize::Float32 | MemorySize::Float64 => rng.floats(),
+            MemorySize::Float80 => rng.extended(),
+            MemorySize::Bcd => rng.decimal(),
+            _ => rng.integers(),
         };
         if rng.chance(50) {
             match instruction.mnemonic() {
@@ -622,6 +630,51 @@ fn is_32bit_count(instruction: &Instruction) -> bool {
                 OpKind::MemorySegESI | OpKind::MemoryESEDI | OpKind::MemorySegEDI
             )
         })
+}
+
+/// Whether an instruction is one of the x87 unit.
+pub fn is_x87(instruction: &Instruction) -> bool {
+    let op = instruction.op_code();
+    let opcode = if op.op_code_len() == 2 {
+        op.op_code() >> 8
+    } else {
+        op.op_code()
+    };
+    op.table() == OpCodeTableKind::Normal
+        && (matches!(opcode, 0xd8..=0xdf) || instruction.mnemonic() == Mnemonic::Wait)
+}
+
+/// The x87 unit in any state that it can be in.
+fn prepare_x87(registers: &mut Registers, rng: &mut Rng) {
+    const MASKS: u16 = 0x3f;
+    registers.st = std::array::from_fn(|_| rng.extended());
+    if rng.chance(40) {
+        // What arithmetic mostly sees: no register empty.
+        registers.ftw = 0xff;
+    }
+    // Rounding, precision and infinity control; all exceptions masked, or some.
+    registers.fcw = 0x40 | rng.next() as u16 & 0x1f00 | MASKS;
+    if rng.chance(40) {
+        registers.fcw &= rng.next() as u16 | !MASKS;
+    }
+    // The top of the stack, condition codes, and sticky flags; those of unmasked exceptions are set
+    // now and then, so that one waits.
+    registers.fsw = rng.next() as u16 & 0x7f00;
+    if rng.chance(30) {
+        let flags = rng.next() as u16 & (MASKS | 1 << 6);
+        let waits = flags & !registers.fcw & MASKS;
+        registers.fsw |= if rng.chance(30) {
+            flags
+        } else {
+            flags & !waits
+        };
+    }
+    if registers.fsw & !registers.fcw & MASKS != 0 {
+        registers.fsw |= SUMMARY;
+    }
+    registers.fop = rng.next() as u16 & 0x7ff;
+    registers.fip = rng.next() >> 17;
+    registers.fdp = rng.next() >> 17;
 }
 
 /// Whether an instruction's vector operands are floating-point numbers.

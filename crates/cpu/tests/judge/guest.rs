@@ -198,11 +198,13 @@ impl Guest {
             fcw: before.fcw,
             fsw: before.fsw,
             ftw: before.ftw,
+            fop: before.fop,
+            fip: before.fip,
+            fdp: before.fdp,
             st: before.st,
             mxcsr: before.mxcsr,
             xmm: before.xmm,
             ymm_high: before.ymm_high,
-            ..FpuState::default()
         });
         match self.cpu.run() {
             Exit::Halt => {}
@@ -231,6 +233,9 @@ impl Guest {
                 fcw: fpu.fcw,
                 fsw: fpu.fsw,
                 ftw: fpu.ftw,
+                fop: fpu.fop,
+                fip: fpu.fip,
+                fdp: fpu.fdp,
             },
             vector,
             error: error.unwrap_or(0),

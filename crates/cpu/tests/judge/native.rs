@@ -74,6 +74,9 @@ pub fn plain_registers() -> Registers {
         fcw: 0x37f,
         fsw: 0,
         ftw: 0,
+        fop: 0,
+        fip: 0,
+        fdp: 0,
     }
 }
 
@@ -207,6 +210,9 @@ mod image {
     pub const FCW: usize = 0;
     pub const FSW: usize = 2;
     pub const FTW: usize = 4;
+    pub const FOP: usize = 6;
+    pub const FIP: usize = 8;
+    pub const FDP: usize = 16;
     pub const MXCSR: usize = 24;
     pub const ST: usize = 32;
     pub const XMM: usize = 160;
@@ -257,6 +263,9 @@ extern "C" fn on_signal(signal: libc::c_int, _: *mut libc::siginfo_t, context: *
                     .add(image::FTW)
                     .cast::<u16>()
                     .write(u16::from(request.ftw));
+                extended.add(image::FOP).cast::<u16>().write(request.fop);
+                extended.add(image::FIP).cast::<u64>().write(request.fip);
+                extended.add(image::FDP).cast::<u64>().write(request.fdp);
                 extended
                     .add(image::MXCSR)
                     .cast::<u32>()
@@ -294,6 +303,9 @@ extern "C" fn on_signal(signal: libc::c_int, _: *mut libc::siginfo_t, context: *
                 registers.fcw = extended.add(image::FCW).cast::<u16>().read();
                 registers.fsw = extended.add(image::FSW).cast::<u16>().read();
                 registers.ftw = extended.add(image::FTW).cast::<u16>().read() as u8;
+                registers.fop = extended.add(image::FOP).cast::<u16>().read();
+                registers.fip = extended.add(image::FIP).cast::<u64>().read();
+                registers.fdp = extended.add(image::FDP).cast::<u64>().read();
                 registers.mxcsr = extended.add(image::MXCSR).cast::<u32>().read();
                 registers.st = extended.add(image::ST).cast::<[u128; 8]>().read_unaligned();
                 registers.xmm = extended

@@ -130,6 +130,58 @@ impl Rng {
         }
     }
 
+    /// A number of the x87 unit in ten bytes: of every class that it tells apart, those included
+    /// that no instruction produces any more.
+    pub fn extended(&mut self) -> u128 {
+        const INTEGER_BIT: u64 = 1 << 63;
+        let significand = match self.below(6) {
+            0 => INTEGER_BIT,
+            1 => u64::MAX >> self.below(64),
+            2 => INTEGER_BIT | 1 << self.below(63),
+            3 => INTEGER_BIT | self.integer(),
+            // Few bits, as in numbers of narrower types.
+            4 => INTEGER_BIT | self.next() << (11 + self.below(50)),
+            _ => INTEGER_BIT | self.next(),
+        };
+        const BIAS: u64 = 0x3fff;
+        let (exponent, significand) = match self.below(20) {
+            0 => (0, 0),
+            // Denormal and pseudo-denormal.
+            1 => (0, significand & !INTEGER_BIT),
+            2 => (0, significand),
+            // Infinity, quiet, signalling, pseudo-infinity and pseudo-NaN.
+            3 => (0x7fff, INTEGER_BIT),
+            4 => (0x7fff, significand | 3 << 62),
+            5 => (0x7fff, (significand | INTEGER_BIT) & !(1 << 62)),
+            6 => (0x7fff, significand & !INTEGER_BIT),
+            // Unnormal.
+            7 => (1 + self.below(0x7ffe), significand & !INTEGER_BIT),
+            // Near the ends of the range, and of the narrower types' ranges.
+            8 => (1 + self.below(0x50), significand),
+            9 => (0x7ffe - self.below(0x50), significand),
+            10 => (BIAS - 0x400 - self.below(0x40), significand),
+            11 => (BIAS + 0x3f0 + self.below(0x20), significand),
+            12 => (BIAS - 0x70 - self.below(0x30), significand),
+            13 => (BIAS + 0x70 + self.below(0x20), significand),
+            14 => (self.below(0x7fff), significand),
+            15 => (BIAS + self.below(70), significand),
+            _ => (BIAS - 4 + self.below(8), significand),
+        };
+        let sign = self.next() & 0x8000;
+        u128::from(sign | exponent) << 64 | u128::from(significand)
+    }
+
+    /// 18 decimal digits and a sign in ten bytes, now and then with digits that are none.
+    pub fn decimal(&mut self) -> u128 {
+        let digits = self.below(19);
+        let mut value = (0..digits).fold(0, |all, _| all << 4 | u128::from(self.below(10)));
+        value |= u128::from(self.next() & 0x80) << 72;
+        if self.chance(10) {
+            value ^= u128::from(self.next()) << self.below(16);
+        }
+        value
+    }
+
     /// 16 bytes as integers of some width.
     pub fn integers(&mut self) -> u128 {
         match self.below(4) {

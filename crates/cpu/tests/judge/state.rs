@@ -30,6 +30,9 @@ pub mod flag {
     pub const COMPARED: u64 = ARITHMETIC | DF;
 }
 
+/// An x87 exception waits, in the status word: ES, and B, which is the same.
+pub const SUMMARY: u16 = 1 << 7 | 1 << 15;
+
 /// The registers that user code sees.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Registers {
@@ -47,6 +50,10 @@ pub struct Registers {
     pub fsw: u16,
     /// One bit a register, set when it is not empty.
     pub ftw: u8,
+    /// Opcode, instruction and operand pointer of the last x87 instruction.
+    pub fop: u16,
+    pub fip: u64,
+    pub fdp: u64,
 }
 
 /// How a case ended: the exception that followed the instruction, int3 if it completed.

@@ -1,6 +1,6 @@
 //! Comparing the two sides.
 
-use crate::state::{Case, DATA, Outcome, RSP, Registers, flag};
+use crate::state::{self, Case, DATA, Outcome, RSP, Registers, flag};
 use crate::undefined;
 use iced_x86::{
     Code, CpuidFeature, FlowControl, Formatter, Instruction, Mnemonic, NasmFormatter, Register,
@@ -263,6 +263,13 @@ pub fn compare(
     differ("fcw", host.fcw.into(), ours.fcw.into(), None);
     differ("fsw", host.fsw.into(), ours.fsw.into(), None);
     differ("ftw", host.ftw.into(), ours.ftw.into(), None);
+    if host.fsw & state::SUMMARY != 0 {
+        // AMD's processors tell only while an exception waits what the last instruction was, and
+        // Intel's keep only of such instructions what they were.
+        differ("fop", host.fop.into(), ours.fop.into(), None);
+        differ("fip", host.fip.into(), ours.fip.into(), None);
+        differ("fdp", host.fdp.into(), ours.fdp.into(), None);
+    }
     // Some processors fault in the middle of PUSHA.
     let pusha_fault = expected.vector == 14
         && matches!(instruction.mnemonic(), Mnemonic::Pusha | Mnemonic::Pushad);
