@@ -4,6 +4,7 @@
 //! answers 0, as KVM does for numbers it does not know.
 
 use crate::second_stage::Kind;
+use crate::vcpu::MACHINE_CHECK_BANKS;
 use crate::vm::HypercallExits;
 use crate::vm_type::VmType;
 use kvm_bindings as kvm;
@@ -15,6 +16,8 @@ pub const MAX_VCPUS: u32 = 1024;
 pub const MAX_VCPU_ID: u32 = 4096;
 /// Slots that a program may use in each address space.
 pub const NR_MEMSLOTS: u32 = 32764;
+/// Routes that `KVM_SET_GSI_ROUTING` takes (`KVM_MAX_IRQ_ROUTES`).
+pub(crate) const MAX_IRQ_ROUTES: u32 = 4096;
 /// The page of a vCPU's mapping that shows the coalesced ring.
 pub const COALESCED_MMIO_PAGE_OFFSET: u32 = 2;
 /// The quirks that `KVM_CAP_DISABLE_QUIRKS2` can turn off. `CD_NW_CLEARED` makes no difference
@@ -73,6 +76,7 @@ static CAPABILITIES: &[Capability] = capabilities! {
     DESTROY_MEMORY_REGION_WORKS: KVM_CAP_DESTROY_MEMORY_REGION_WORKS = 1,
     USER_NMI: KVM_CAP_USER_NMI = 1,
     SET_GUEST_DEBUG: KVM_CAP_SET_GUEST_DEBUG = 1,
+    IRQ_ROUTING: KVM_CAP_IRQ_ROUTING = MAX_IRQ_ROUTES,
     JOIN_MEMORY_REGIONS_WORKS: KVM_CAP_JOIN_MEMORY_REGIONS_WORKS = 1,
     SET_BOOT_CPU_ID: KVM_CAP_SET_BOOT_CPU_ID = 1,
     IOEVENTFD: KVM_CAP_IOEVENTFD = 1,
@@ -82,6 +86,7 @@ static CAPABILITIES: &[Capability] = capabilities! {
     VCPU_EVENTS: KVM_CAP_VCPU_EVENTS = 1,
     INTR_SHADOW: KVM_CAP_INTR_SHADOW = 1,
     DEBUGREGS: KVM_CAP_DEBUGREGS = 1,
+    MCE: KVM_CAP_MCE = MACHINE_CHECK_BANKS,
     X86_ROBUST_SINGLESTEP: KVM_CAP_X86_ROBUST_SINGLESTEP = 1,
     ENABLE_CAP: KVM_CAP_ENABLE_CAP = 1,
     XSAVE: KVM_CAP_XSAVE = 1,

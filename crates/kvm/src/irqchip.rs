@@ -5,6 +5,7 @@
 //! itself; nothing else is delivered: a guest that halts to wait for an interrupt, or touches
 //! another controller, ends in `KVM_EXIT_INTERNAL_ERROR` with a log line.
 
+use crate::capability::MAX_IRQ_ROUTES;
 use crate::vm::Vm;
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQFD_FLAG_DEASSIGN,
@@ -12,9 +13,6 @@ use kvm_bindings::{
 };
 use rustix::io::Errno;
 use std::sync::atomic::Ordering;
-
-/// Routes that `KVM_SET_GSI_ROUTING` takes (`KVM_MAX_IRQ_ROUTES`).
-const MAX_IRQ_ROUTES: u32 = 4096;
 
 /// Which controllers the hypervisor has to provide.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]

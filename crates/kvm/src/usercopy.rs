@@ -73,6 +73,7 @@ plain!(
     kvm::kvm_translation,
     kvm::kvm_userspace_memory_region,
     kvm::kvm_userspace_memory_region2,
+    kvm::kvm_x86_mce,
     kvm::kvm_vcpu_events,
     kvm::kvm_xcrs,
     td::InitVm,

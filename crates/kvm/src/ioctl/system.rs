@@ -6,6 +6,7 @@ use crate::descriptor;
 use crate::kvm::Kvm;
 use crate::object::Object;
 use crate::usercopy::{read, write};
+use crate::vcpu::MACHINE_CHECK_SUPPORTED;
 use kvm_bindings::{KVM_X86_XCOMP_GUEST_SUPP, kvm_device_attr};
 use rustix::io::Errno;
 
@@ -23,6 +24,10 @@ pub(super) fn ioctl(request: u64, argument: usize) -> Reply {
             tables::write_msr_list(argument, Kvm.msr_feature_index_list())
         }
         KVM_GET_MSRS => tables::get_msrs(argument, |entries| Kvm.get_msrs(entries)),
+        KVM_X86_GET_MCE_CAP_SUPPORTED => {
+            write(argument, &MACHINE_CHECK_SUPPORTED)?;
+            Ok(0)
+        }
         KVM_HAS_DEVICE_ATTR | KVM_GET_DEVICE_ATTR => attribute(request, argument),
         _ => Err(unknown("/dev/kvm", request)),
     }

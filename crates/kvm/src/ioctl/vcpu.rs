@@ -73,6 +73,8 @@ fn other(vcpu: &Vcpu, request: u64, argument: usize) -> Reply {
             vcpu.nmi();
             Ok(0)
         }
+        KVM_X86_SETUP_MCE => done(vcpu.set_up_machine_check(read(argument)?)),
+        KVM_X86_SET_MCE => done(vcpu.report_machine_check(&read(argument)?)),
         KVM_SET_GUEST_DEBUG => done(vcpu.set_guest_debug(&read(argument)?)),
         KVM_TRANSLATE => {
             let translation: kvm_translation = read(argument)?;

@@ -24,6 +24,8 @@ pub(super) enum Answer {
     Wrmsr,
     /// The result of a hypercall.
     Hypercall,
+    /// Nothing: the machine has stopped.
+    Shutdown,
     /// What a trust domain's guest asked of KVM by TDG.VP.VMCALL.
     Vmcall(VmcallAnswer),
 }

@@ -7,6 +7,7 @@ mod fault;
 mod fpu;
 mod hypercall;
 mod lapic;
+mod machine_check;
 mod msr;
 mod msr_exit;
 mod prefault;
@@ -25,6 +26,9 @@ pub use signal::{RunSignals, register_run_signals};
 
 pub(crate) use counters::Counters;
 pub(crate) use fpu::XSAVE_WORDS;
+pub(crate) use machine_check::{
+    MAX_BANKS as MACHINE_CHECK_BANKS, SUPPORTED as MACHINE_CHECK_SUPPORTED,
+};
 pub(crate) use msr::{FEATURES as FEATURE_MSRS, SAVED as SAVED_MSRS, feature as feature_msr};
 pub(crate) use signal::interrupt_current_run;
 
@@ -40,6 +44,7 @@ use kvm_bindings::{
     kvm_translation, kvm_vcpu_events, kvm_xcrs,
 };
 use lapic::Lapic;
+use machine_check::MachineCheck;
 use run_page::{RunPage, mapping_check};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
@@ -92,6 +97,7 @@ pub(crate) struct VcpuState {
     apic_base: u64,
     lapic: Option<Lapic>,
     stored_msrs: msr::Stored,
+    machine_check: MachineCheck,
     /// The exception that waits has been injected, rather than being pending.
     exception_injected: bool,
     signal_mask: Option<u64>,
@@ -156,6 +162,7 @@ impl VcpuCore {
             apic_base: APIC_BASE_RESET | if is_bsp { APIC_BASE_BSP } else { 0 },
             lapic: (irqchip != Model::None).then(|| Lapic::new(id)),
             stored_msrs: msr::Stored::default(),
+            machine_check: MachineCheck::default(),
             exception_injected: false,
             signal_mask: None,
             tsc_khz,
@@ -414,7 +421,7 @@ impl Vcpu {
             if is_td && !td::emulates_msr(entry.index) {
                 break;
             }
-            let Some(value) = state.msr(entry.index) else {
+            let Some(value) = state.msr(entry.index, false) else {
                 break;
             };
             entry.data = value;

@@ -2,11 +2,14 @@
 
 use super::VcpuState;
 use super::lapic::{self, Refused};
+use super::machine_check::{IA32_MCG_CTL, IA32_MCG_STATUS, MachineCheck};
 use crate::tsc::Sync;
 use twofold_cpu::Msrs;
 use twofold_cpu::state::{cr0, cr4, efer};
 
 pub(super) const IA32_TSC: u32 = 0x10;
+const KVM_WALL_CLOCK: u32 = 0x11;
+const KVM_SYSTEM_TIME: u32 = 0x12;
 const IA32_PLATFORM_ID: u32 = 0x17;
 const IA32_APIC_BASE: u32 = 0x1b;
 const IA32_BIOS_SIGN_ID: u32 = 0x8b;
@@ -17,8 +20,6 @@ const IA32_ARCH_CAPABILITIES: u32 = 0x10a;
 const IA32_SYSENTER_CS: u32 = 0x174;
 const IA32_SYSENTER_ESP: u32 = 0x175;
 const IA32_SYSENTER_EIP: u32 = 0x176;
-const IA32_MCG_CAP: u32 = 0x179;
-const IA32_MCG_STATUS: u32 = 0x17a;
 const IA32_MISC_ENABLE: u32 = 0x1a0;
 const IA32_DEBUGCTL: u32 = 0x1d9;
 const IA32_POWER_CTL: u32 = 0x1fc;
@@ -44,7 +45,9 @@ const IA32_TSC_AUX: u32 = 0xc000_0103;
 /// AMD's hardware configuration register (MSR_K7_HWCR), which KVM offers to every guest.
 const MSR_HWCR: u32 = 0xc001_0015;
 /// McStatusWrEn and TscFreqSel.
-const HWCR_KEPT: u64 = 1 << 18 | 1 << 24;
+const HWCR_KEPT: u64 = HWCR_STATUS_WRITABLE | 1 << 24;
+/// McStatusWrEn
+const HWCR_STATUS_WRITABLE: u64 = 1 << 18;
 /// Writes to these have no effect: TlbCacheDis, HltXSpCycEn and FFDIS.
 const HWCR_IGNORED: u64 = 1 << 3 | 1 << 6 | 1 << 8;
 
@@ -68,6 +71,7 @@ pub(crate) static SAVED: &[u32] = &[
     MSR_PLATFORM_INFO,
     IA32_MISC_ENABLE,
     IA32_MCG_STATUS,
+    IA32_MCG_CTL,
     IA32_MTRR_DEF_TYPE,
     IA32_MTRR_FIX64K,
     IA32_MTRR_FIX16K[0],
@@ -119,7 +123,6 @@ pub(crate) fn feature(index: u32) -> Option<u64> {
 #[derive(Clone, Debug)]
 pub(super) struct Stored {
     misc_enable: u64,
-    mcg_status: u64,
     power_ctl: u64,
     hwcr: u64,
     platform_info: u64,
@@ -133,7 +136,6 @@ impl Default for Stored {
         Self {
             // Fast strings.
             misc_enable: 1,
-            mcg_status: 0,
             power_ctl: 0,
             hwcr: 0,
             platform_info: 0,
@@ -161,7 +163,6 @@ impl Stored {
     fn slot(&mut self, index: u32) -> Option<&mut u64> {
         Some(match index {
             IA32_MISC_ENABLE => &mut self.misc_enable,
-            IA32_MCG_STATUS => &mut self.mcg_status,
             IA32_POWER_CTL => &mut self.power_ctl,
             MSR_HWCR => &mut self.hwcr,
             MSR_PLATFORM_INFO => &mut self.platform_info,
@@ -193,8 +194,9 @@ impl Stored {
 }
 
 impl VcpuState {
-    /// The value of a register, or `None` if the vCPU has no such register.
-    pub(super) fn msr(&mut self, index: u32) -> Option<u64> {
+    /// The value of a register, or `None` if the vCPU has no such register. `from_guest` hides what
+    /// only the program may see.
+    pub(super) fn msr(&mut self, index: u32, from_guest: bool) -> Option<u64> {
         let system = self.cpu.system_registers();
         let msrs = self.cpu.msrs();
         Some(match index {
@@ -209,7 +211,9 @@ impl VcpuState {
                 }
                 lapic.read_msr(index, self.cpu.cr8())?
             }
-            IA32_PLATFORM_ID | IA32_MCG_CAP | IA32_DEBUGCTL => 0,
+            IA32_PLATFORM_ID | IA32_DEBUGCTL => 0,
+            KVM_WALL_CLOCK | KVM_SYSTEM_TIME if !from_guest => 0,
+            _ if MachineCheck::owns(index) => self.machine_check.read(index, from_guest)?,
             // Eight variable ranges, the fixed ranges, write-combining.
             IA32_MTRRCAP => 0x508,
             IA32_SYSENTER_CS => msrs.sysenter_cs,
@@ -264,6 +268,15 @@ impl VcpuState {
                 return !from_guest && value == 0;
             }
             IA32_DEBUGCTL => return value == 0,
+            _ if MachineCheck::owns(index) => {
+                let status_writable = self.stored_msrs.hwcr & HWCR_STATUS_WRITABLE != 0;
+                return self
+                    .machine_check
+                    .write(index, value, from_guest, status_writable);
+            }
+            // There is no kvmclock, but programs reset these registers without asking whether there
+            // is.
+            KVM_WALL_CLOCK | KVM_SYSTEM_TIME => return !from_guest && value == 0,
             _ => {}
         }
         if Stored::allows(index, value)

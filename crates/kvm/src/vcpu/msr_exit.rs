@@ -18,7 +18,7 @@ impl Vcpu {
         } else if index == MSR_PLATFORM_INFO && self.vm.hides_platform_info() {
             Err(KVM_MSR_EXIT_REASON_INVAL)
         } else {
-            state.msr(index).ok_or(KVM_MSR_EXIT_REASON_UNKNOWN)
+            state.msr(index, true).ok_or(KVM_MSR_EXIT_REASON_UNKNOWN)
         };
         if let Err(reason) = value {
             if self.vm.exits_for_msr(reason) {
@@ -54,7 +54,7 @@ impl Vcpu {
         if !accepted {
             let reason = if !allowed {
                 KVM_MSR_EXIT_REASON_FILTER
-            } else if state.msr(index).is_none() {
+            } else if state.msr(index, true).is_none() {
                 KVM_MSR_EXIT_REASON_UNKNOWN
             } else {
                 KVM_MSR_EXIT_REASON_INVAL

@@ -146,6 +146,10 @@ impl Vcpu {
             Answer::Rdmsr => state.cpu.complete_rdmsr(page.msr_answer()),
             Answer::Wrmsr => state.cpu.complete_wrmsr(page.msr_answer().is_some()),
             Answer::Hypercall => state.cpu.complete_hypercall(page.hypercall_result()),
+            Answer::Shutdown => {
+                page.set_exit_reason(KVM_EXIT_SHUTDOWN);
+                return Some(KVM_EXIT_SHUTDOWN);
+            }
             Answer::Vmcall(answered) => return self.continue_vmcall(state, answered),
         }
         None

@@ -76,7 +76,7 @@ impl Vcpu {
         } else if !self.vm.allows_msr(index, MsrAccess::READ) {
             Err(KVM_MSR_EXIT_REASON_FILTER)
         } else {
-            state.msr(index).ok_or(KVM_MSR_EXIT_REASON_UNKNOWN)
+            state.msr(index, true).ok_or(KVM_MSR_EXIT_REASON_UNKNOWN)
         };
         match value {
             Ok(value) => {
