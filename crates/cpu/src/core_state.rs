@@ -157,6 +157,8 @@ pub(crate) struct Core {
     pub(crate) events: Events,
     /// The hypervisor wants to know when an interrupt can be delivered.
     pub(crate) window_requested: bool,
+    /// CR8 has to be below this for the window to count as open; 16 if it does not matter.
+    pub(crate) window_limit: u64,
     /// The breakpoints that the debug registers arm.
     pub(crate) breakpoints: Breakpoints,
     /// What the hypervisor wants to see of debug events.

@@ -95,6 +95,7 @@ impl Cpu {
             delivering: false,
             events: Events::default(),
             window_requested: false,
+            window_limit: 16,
             breakpoints: Breakpoints::default(),
             debug_control: DebugControl::default(),
             pending: Pending::None,
@@ -467,6 +468,12 @@ impl Cpu {
     /// Whether to leave with [`Exit::InterruptWindow`] as soon as the window is open.
     pub fn request_interrupt_window(&mut self, wanted: bool) {
         self.core.window_requested = wanted;
+    }
+
+    /// With a limit, [`Exit::InterruptWindow`] also waits until CR8 is below it: for an interrupt that
+    /// the task priority holds back (the TPR threshold of SDM Vol. 3, "Virtualizing the TPR").
+    pub fn limit_interrupt_window(&mut self, cr8_below: Option<u64>) {
+        self.core.window_limit = cr8_below.unwrap_or(16);
     }
 
     /// Translates a guest-linear address by the guest's page tables, as a supervisor's read would,

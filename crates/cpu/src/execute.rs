@@ -195,7 +195,8 @@ impl Core {
             if let Some(exit) = self.deliver_pending_event() {
                 return Some(exit);
             }
-            if self.window_requested && self.interrupt_window_open() {
+            if self.window_requested && self.cr8 < self.window_limit && self.interrupt_window_open()
+            {
                 return Some(Exit::InterruptWindow);
             }
             let resume = self.flags.system() & rflags::RF != 0;
@@ -219,7 +220,7 @@ impl Core {
         self.alone = shadow || stepping || resume;
         self.set_single(shadow || resume);
         self.attention = self.alone
-            || self.window_requested
+            || self.window_requested && self.cr8 < self.window_limit
             || self.breakpoints.on_code
             || self.breakpoints.pending != 0
             || self.has_pending_event();

@@ -37,6 +37,7 @@ mod parameter;
 mod presence;
 mod private_memory;
 mod second_stage;
+mod service_thread;
 mod shared;
 mod stats_file;
 mod sub_pages;

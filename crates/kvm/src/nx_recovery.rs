@@ -2,6 +2,7 @@
 //! `kvm-nx-lpage-recovery`.
 
 use crate::parameter;
+use crate::service_thread;
 use crate::vm::Vm;
 use rustix::io::Errno;
 use std::sync::{Arc, Weak};
@@ -31,11 +32,8 @@ impl Worker {
         };
         let period = Duration::from_millis(period.max(1));
         let vm = Arc::downgrade(vm);
-        // Signals are for the program's own threads.
-        let thread = without_signals(|| {
-            std::thread::Builder::new()
-                .name("kvm-nx-lpage-recovery".into())
-                .spawn(move || recover(&vm, period, ratio))
+        let thread = service_thread::start("kvm-nx-lpage-recovery", move || {
+            recover(&vm, period, ratio);
         });
         match thread {
             Ok(handle) => Ok(Some(Self(handle.thread().clone()))),
@@ -64,21 +62,5 @@ fn recover(vm: &Weak<Vm>, period: Duration, ratio: u32) {
         if recovered > 0 {
             tracing::debug!(recovered, "tables of executed pages taken out");
         }
-    }
-}
-
-/// Runs `work` with every signal blocked, which new threads inherit.
-fn without_signals<R>(work: impl FnOnce() -> R) -> R {
-    // UNSAFETY: the signal mask of this thread.
-    #[expect(unsafe_code)]
-    // SAFETY: both sets are initialised here, and the mask is put back as it was.
-    unsafe {
-        let mut all = std::mem::zeroed();
-        let mut old = std::mem::zeroed();
-        libc::sigfillset(&raw mut all);
-        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut old);
-        let result = work();
-        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const old, std::ptr::null_mut());
-        result
     }
 }

@@ -4,7 +4,7 @@ use crate::bus::Buses;
 use crate::capability;
 use crate::fork;
 use crate::guest_memory::Reservation;
-use crate::irqchip::{Irqchip, Model};
+use crate::irqchip::{Irqchip, Model, Timers};
 use crate::msr_filter::{MsrAccess, MsrFilter};
 use crate::nx_recovery::Worker;
 use crate::second_stage::{Kind, Tables};
@@ -70,6 +70,15 @@ pub struct Vm {
     tsc_sync: tsc::Sync,
     hypercall_exits: AtomicU32,
     pub(crate) pit: AtomicBool,
+    /// The vCPUs once more, for those that have interrupts for them.
+    pub(crate) members: RwLock<Vec<Arc<VcpuCore>>>,
+    /// The PICs have an interrupt.
+    pub(crate) pic_output: AtomicBool,
+    timers: Timers,
+    /// Nanoseconds of the local APICs' bus clock's cycle.
+    apic_cycle: AtomicU64,
+    /// The program's formats have APIC ids of 32 bits.
+    wide_apic_ids: AtomicBool,
     /// 0 for the host's rate.
     tsc_khz: AtomicU32,
     /// Nanoseconds to add to the time since `started`; wraps.
@@ -123,6 +132,11 @@ impl Vm {
             tsc_sync: tsc::Sync::default(),
             hypercall_exits: AtomicU32::new(0),
             pit: AtomicBool::new(false),
+            members: RwLock::default(),
+            pic_output: AtomicBool::new(false),
+            timers: Timers::default(),
+            apic_cycle: AtomicU64::new(1),
+            wide_apic_ids: AtomicBool::new(false),
             tsc_khz: AtomicU32::new(0),
             clock_offset: AtomicU64::new(0),
             nx_recovery: OnceLock::new(),
@@ -215,10 +229,18 @@ impl Vm {
         }
     }
 
-    #[inline]
-    pub(crate) fn irqchip_owns_port(&self, port: u16) -> bool {
-        (self.irqchip_model() != Model::None || self.pit.load(Ordering::Relaxed))
-            && self.config.lock().irqchip.owns_port(port)
+    pub(crate) fn timers(&self) -> &Timers {
+        &self.timers
+    }
+
+    /// Nanoseconds of a cycle of the bus clock that the local APICs' timers count.
+    pub(crate) fn apic_cycle(&self) -> u64 {
+        self.apic_cycle.load(Ordering::Relaxed)
+    }
+
+    /// Whether APIC ids have 32 bits in what the program and the kernel exchange.
+    pub(crate) fn wide_apic_ids(&self) -> bool {
+        self.wide_apic_ids.load(Ordering::Relaxed)
     }
 
     pub(crate) fn boot_cpu_id(&self) -> u32 {
@@ -321,6 +343,7 @@ impl Vm {
             return Err(Errno::EXIST);
         }
         config.vcpus.push(Arc::clone(&core));
+        self.members.write().push(Arc::clone(&core));
         drop(config);
         Ok((Vcpu::new(Arc::clone(self), core), file))
     }

@@ -1,7 +1,8 @@
 //! Events and run state: `KVM_GET_VCPU_EVENTS`, `KVM_INTERRUPT`, `KVM_GET_MP_STATE`, debug
 //! registers and `KVM_SET_GUEST_DEBUG`.
 
-use super::VcpuState;
+use super::inbox::Inbox;
+use super::{Ask, VcpuState};
 use crate::irqchip::Model;
 use kvm_bindings::{
     KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_INJECT_BP, KVM_GUESTDBG_INJECT_DB,
@@ -130,10 +131,11 @@ impl VcpuState {
         debug_assert!(irq < KVM_NR_INTERRUPTS);
         match irqchip {
             Model::Kernel => return Err(Errno::NXIO),
-            Model::Split if self.cpu.events().interrupt.is_some() => return Err(Errno::EXIST),
-            Model::None | Model::Split => {}
+            Model::Split if self.external.is_some() => return Err(Errno::EXIST),
+            // It is the vCPU's to take, as one of the PICs' would be.
+            Model::Split => self.external = Some(vector),
+            Model::None => self.cpu.inject_interrupt(vector),
         }
-        self.cpu.inject_interrupt(vector);
         Ok(())
     }
 
@@ -150,6 +152,7 @@ impl VcpuState {
         &mut self,
         state: &kvm_mp_state,
         irqchip: Model,
+        inbox: &Inbox,
     ) -> Result<(), Errno> {
         match state.mp_state {
             KVM_MP_STATE_RUNNABLE => {}
@@ -162,6 +165,11 @@ impl VcpuState {
             _ => return Err(Errno::INVAL),
         }
         self.mp_state = state.mp_state;
+        if state.mp_state == KVM_MP_STATE_SIPI_RECEIVED {
+            // The message is to be taken yet.
+            self.mp_state = KVM_MP_STATE_INIT_RECEIVED;
+            inbox.ask(Ask::START);
+        }
         Ok(())
     }
 

@@ -6,6 +6,7 @@ mod exit;
 mod fault;
 mod fpu;
 mod hypercall;
+mod inbox;
 mod lapic;
 mod machine_check;
 mod msr;
@@ -13,12 +14,14 @@ mod msr_exit;
 mod prefault;
 mod prove_ve;
 mod registers;
+mod reset;
 mod run;
 mod run_page;
 mod signal;
 mod sub_pages;
 mod tdcall;
 mod trust_domain;
+mod wait;
 mod write_log;
 
 pub use run_page::VCPU_MMAP_SIZE;
@@ -26,6 +29,7 @@ pub use signal::{RunSignals, register_run_signals};
 
 pub(crate) use counters::Counters;
 pub(crate) use fpu::XSAVE_WORDS;
+pub(crate) use inbox::{Ask, NEVER};
 pub(crate) use machine_check::{
     MAX_BANKS as MACHINE_CHECK_BANKS, SUPPORTED as MACHINE_CHECK_SUPPORTED,
 };
@@ -38,6 +42,7 @@ use crate::td::{self, TdVcpu};
 use crate::vm::Vm;
 use crate::{cpuid, tsc, usercopy};
 use exit::Answer;
+use inbox::Inbox;
 use kvm_bindings::{
     KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, kvm_cpuid_entry2, kvm_debugregs, kvm_fpu,
     kvm_guest_debug, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_sregs2,
@@ -65,6 +70,8 @@ pub(crate) struct VcpuCore {
     pub(crate) run: RunPage,
     pub(crate) counters: Counters,
     line: Arc<Line>,
+    /// What other threads leave for the vCPU.
+    pub(crate) inbox: Arc<Inbox>,
     pub(crate) log: LogState,
     /// A signal came while the vCPU ran; `KVM_RUN` returns `EINTR`.
     signalled: AtomicBool,
@@ -96,6 +103,13 @@ pub(crate) struct VcpuState {
     mp_state: u32,
     apic_base: u64,
     lapic: Option<Lapic>,
+    /// Another vCPU wanted it to go on, which it does when it halts next.
+    unhalted: bool,
+    /// An interrupt that the program has for the guest beside those of a split interrupt
+    /// controller.
+    external: Option<u8>,
+    /// The vector of an interrupt that has ended, which the program's I/O APIC is to be told.
+    ended: Option<u8>,
     stored_msrs: msr::Stored,
     machine_check: MachineCheck,
     /// The exception that waits has been injected, rather than being pending.
@@ -145,6 +159,8 @@ impl VcpuCore {
         cpu.set_pml(write_log.as_ref().map(|log| Pml::empty(log.page())));
         let is_bsp = id == vm.boot_cpu_id();
         let irqchip = vm.irqchip_model();
+        let inbox = Arc::new(Inbox::default());
+        let apic_base = APIC_BASE_RESET | if is_bsp { APIC_BASE_BSP } else { 0 };
         let mut state = VcpuState {
             reader,
             write_log,
@@ -159,8 +175,12 @@ impl VcpuCore {
             } else {
                 KVM_MP_STATE_UNINITIALIZED
             },
-            apic_base: APIC_BASE_RESET | if is_bsp { APIC_BASE_BSP } else { 0 },
-            lapic: (irqchip != Model::None).then(|| Lapic::new(id)),
+            apic_base,
+            lapic: (irqchip != Model::None)
+                .then(|| Lapic::new(id, apic_base, vm.apic_cycle(), Arc::clone(&inbox))),
+            unhalted: false,
+            external: None,
+            ended: None,
             stored_msrs: msr::Stored::default(),
             machine_check: MachineCheck::default(),
             exception_injected: false,
@@ -180,6 +200,7 @@ impl VcpuCore {
             counters: Counters::default(),
             log: LogState::default(),
             line: Arc::clone(state.cpu.line()),
+            inbox,
             signalled: AtomicBool::new(false),
             is_nested: AtomicBool::new(false),
             state: Mutex::new(state),
@@ -340,7 +361,9 @@ impl Vcpu {
 
     /// `KVM_GET_MP_STATE`
     pub fn get_mp_state(&self) -> kvm_mp_state {
-        self.state().mp_state()
+        let mut state = self.state();
+        self.meet_requests(&mut state);
+        state.mp_state()
     }
 
     /// `KVM_SET_MP_STATE`
@@ -348,7 +371,8 @@ impl Vcpu {
     /// # Errors
     /// `EINVAL` for unknown states, and for all but "runnable" without an in-kernel local APIC.
     pub fn set_mp_state(&self, state: &kvm_mp_state) -> Result<(), Errno> {
-        self.state().set_mp_state(state, self.vm.irqchip_model())
+        self.state()
+            .set_mp_state(state, self.vm.irqchip_model(), &self.core.inbox)
     }
 
     /// `KVM_INTERRUPT`
@@ -446,7 +470,14 @@ impl Vcpu {
                     state.set_tsc(data, self.vm.tsc_sync());
                     return true;
                 }
-                state.set_msr(index, data, false)
+                match state.write_apic_msr(index, data) {
+                    Some(Ok(effect)) => {
+                        self.carry_out(&mut state, effect);
+                        true
+                    }
+                    Some(Err(lapic::Refused)) => false,
+                    None => state.set_msr(index, data, false),
+                }
             })
             .count()
     }
@@ -456,17 +487,26 @@ impl Vcpu {
     /// # Errors
     /// `EINVAL` without an in-kernel local APIC.
     pub fn get_lapic(&self) -> Result<kvm_lapic_state, Errno> {
-        let state = self.state();
-        Ok(state.lapic.as_ref().ok_or(Errno::INVAL)?.state())
+        let mut state = self.state();
+        let VcpuState { lapic, cpu, .. } = &mut *state;
+        let lapic = lapic.as_mut().ok_or(Errno::INVAL)?;
+        lapic.settle_timer(cpu);
+        Ok(lapic.state(cpu.cr8(), self.vm.wide_apic_ids()))
     }
 
     /// `KVM_SET_LAPIC`
     ///
     /// # Errors
-    /// `EINVAL` without an in-kernel local APIC.
+    /// `EINVAL` without an in-kernel local APIC, and for another id than the vCPU's in x2APIC mode
+    /// if the program has asked for ids of 32 bits.
     pub fn set_lapic(&self, lapic: &kvm_lapic_state) -> Result<(), Errno> {
         let mut state = self.state();
-        state.lapic.as_mut().ok_or(Errno::INVAL)?.set_state(lapic);
+        let own = state.lapic.as_mut().ok_or(Errno::INVAL)?;
+        let cr8 = own
+            .set_state(lapic, self.vm.wide_apic_ids())
+            .map_err(|lapic::Refused| Errno::INVAL)?;
+        state.cpu.set_cr8(cr8);
+        self.set_alarm(&state);
         Ok(())
     }
 

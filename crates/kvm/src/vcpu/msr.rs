@@ -1,7 +1,8 @@
 //! Model-specific registers: `KVM_GET_MSRS`, `KVM_SET_MSRS`, and RDMSR and WRMSR of the guest.
 
 use super::VcpuState;
-use super::lapic::{self, Refused};
+use super::lapic::Lapic;
+use super::lapic::{self, Effect, Refused};
 use super::machine_check::{IA32_MCG_CTL, IA32_MCG_STATUS, MachineCheck};
 use crate::tsc::Sync;
 use twofold_cpu::Msrs;
@@ -67,6 +68,7 @@ pub(crate) static SAVED: &[u32] = &[
     IA32_TSC_ADJUST,
     IA32_PAT,
     IA32_POWER_CTL,
+    IA32_TSC_DEADLINE,
     MSR_HWCR,
     MSR_PLATFORM_INFO,
     IA32_MISC_ENABLE,
@@ -203,7 +205,7 @@ impl VcpuState {
             IA32_TSC => self.cpu.tsc(),
             IA32_TSC_ADJUST => msrs.tsc_adjust,
             IA32_APIC_BASE => self.apic_base,
-            IA32_TSC_DEADLINE => 0,
+            IA32_TSC_DEADLINE => self.lapic.as_ref().map_or(0, Lapic::deadline),
             _ if lapic::X2APIC.contains(&index) => {
                 let lapic = self.lapic.as_ref()?;
                 if self.apic_base & lapic::base::X2APIC == 0 {
@@ -243,10 +245,6 @@ impl VcpuState {
             MSR_HWCR => value &= !HWCR_IGNORED,
             MSR_PLATFORM_INFO if from_guest => return false,
             IA32_APIC_BASE => return self.set_apic_base(value, from_guest),
-            IA32_TSC_DEADLINE => return true,
-            _ if lapic::X2APIC.contains(&index) => {
-                return self.write_x2apic(index, value) == Ok(());
-            }
             IA32_EFER => return self.set_efer(value, from_guest),
             IA32_FS_BASE | IA32_GS_BASE => {
                 if !self.is_canonical(value) {
@@ -317,37 +315,54 @@ impl VcpuState {
         self.cpu.set_msrs(&msrs);
     }
 
+    fn set_apic_base(&mut self, value: u64, from_guest: bool) -> bool {
+        let takes = self.takes_base(value, from_guest);
+        if takes {
+            self.set_base(value);
+        }
+        takes
+    }
+
     /// Whether IA32_APIC_BASE takes a value: x2APIC mode is there with a local APIC, needs it
     /// enabled, and the guest enters it from the enabled state and leaves it to the disabled one.
-    fn set_apic_base(&mut self, value: u64, from_guest: bool) -> bool {
+    pub(super) fn takes_base(&self, value: u64, from_guest: bool) -> bool {
         const MODE: u64 = lapic::base::X2APIC | lapic::base::ENABLED;
         let valid = ((1 << crate::cpuid::GUEST_ADDRESS_BITS) - 1) & !0x2ff;
         let (before, now) = (self.apic_base & MODE, value & MODE);
         let x2apic = now & lapic::base::X2APIC != 0;
-        if value & !valid != 0
-            || (x2apic && (now != MODE || self.lapic.is_none()))
-            || (from_guest && before == MODE && now == lapic::base::ENABLED)
-            || (from_guest && before == 0 && now == MODE)
-        {
-            return false;
-        }
-        if let Some(lapic) = &mut self.lapic {
-            lapic.set_base(self.apic_base, value);
-        }
-        self.apic_base = value;
-        true
+        value & !valid == 0
+            && !(x2apic && (now != MODE || self.lapic.is_none()))
+            && !(from_guest && before == MODE && now == lapic::base::ENABLED)
+            && !(from_guest && before == 0 && now == MODE)
     }
 
-    /// Sets a register of x2APIC.
-    pub(super) fn write_x2apic(&mut self, index: u32, value: u64) -> Result<(), Refused> {
-        let enabled = self.apic_base & lapic::base::X2APIC != 0;
-        let Some(lapic) = self.lapic.as_mut().filter(|_| enabled) else {
-            return Err(Refused::Fault);
-        };
-        let mut cr8 = self.cpu.cr8();
-        let result = lapic.write_msr(index, value, &mut cr8);
-        self.cpu.set_cr8(cr8);
-        result
+    /// IA32_APIC_BASE has this value from now on.
+    pub(super) fn set_base(&mut self, value: u64) {
+        self.apic_base = value;
+        if let Some(lapic) = &mut self.lapic {
+            lapic.set_base(value);
+        }
+    }
+
+    /// Sets a register of the local APIC; `None` if it is not one.
+    pub(super) fn write_apic_msr(
+        &mut self,
+        index: u32,
+        value: u64,
+    ) -> Option<Result<Effect, Refused>> {
+        if index == IA32_TSC_DEADLINE {
+            if let Some(lapic) = &mut self.lapic {
+                lapic.set_deadline(value, &self.cpu);
+            }
+            return Some(Ok(Effect::Timer));
+        }
+        if !lapic::X2APIC.contains(&index) {
+            return None;
+        }
+        let lapic = self.lapic.as_mut().filter(|lapic| lapic.is_x2apic());
+        Some(lapic.map_or(Err(Refused), |lapic| {
+            lapic.write_msr(index, value, &mut self.cpu)
+        }))
     }
 
     fn set_efer(&mut self, value: u64, from_guest: bool) -> bool {

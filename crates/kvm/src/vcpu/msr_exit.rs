@@ -1,8 +1,8 @@
 //! RDMSR and WRMSR of the guest that the processor does not carry out by itself.
 
 use super::exit::Answer;
-use super::lapic::{self, Lapic, Refused};
-use super::msr::{IA32_TSC_DEADLINE, MSR_PLATFORM_INFO};
+use super::lapic::{self, Refused};
+use super::msr::MSR_PLATFORM_INFO;
 use super::run::Next;
 use super::{Vcpu, VcpuState};
 use crate::msr_filter::MsrAccess;
@@ -34,23 +34,9 @@ impl Vcpu {
     }
 
     pub(super) fn write_msr(&self, state: &mut VcpuState, index: u32, value: u64) -> Next {
-        let to_lapic = match index {
-            IA32_TSC_DEADLINE => state.lapic.as_ref().map_or(Ok(()), Lapic::write_deadline),
-            _ if lapic::X2APIC.contains(&index) => {
-                let result = state.write_x2apic(index, value);
-                state.cpu.complete_wrmsr(result.is_ok());
-                if result.is_ok() {
-                    return Next::Enter;
-                }
-                result
-            }
-            _ => Ok(()),
-        };
-        if let Err(Refused::Unsupported(what)) = to_lapic {
-            return self.irqchip_used(what, index.into());
-        }
-        let allowed = self.vm.allows_msr(index, MsrAccess::WRITE);
-        let accepted = allowed && state.set_msr(index, value, true);
+        // The registers of x2APIC mode are nobody's to filter.
+        let allowed = lapic::X2APIC.contains(&index) || self.vm.allows_msr(index, MsrAccess::WRITE);
+        let accepted = allowed && self.accept_msr(state, index, value);
         if !accepted {
             let reason = if !allowed {
                 KVM_MSR_EXIT_REASON_FILTER
@@ -74,5 +60,17 @@ impl Vcpu {
         }
         state.cpu.complete_wrmsr(accepted);
         Next::Enter
+    }
+
+    /// Has the guest's value written. Whether the register takes it.
+    pub(super) fn accept_msr(&self, state: &mut VcpuState, index: u32, value: u64) -> bool {
+        match state.write_apic_msr(index, value) {
+            Some(Ok(effect)) => {
+                self.carry_out(state, effect);
+                true
+            }
+            Some(Err(Refused)) => false,
+            None => state.set_msr(index, value, true),
+        }
     }
 }

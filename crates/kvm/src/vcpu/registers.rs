@@ -10,9 +10,6 @@ use rustix::io::Errno;
 use twofold_cpu::state::{cr0, cr4, efer, gpr, rflags};
 use twofold_cpu::{Registers, Segment, SystemRegisters, TableRegister};
 
-/// Bits of IA32_APIC_BASE that a program may set: the page, enable, bootstrap processor.
-const APIC_BASE_VALID: u64 = ((1 << cpuid::GUEST_ADDRESS_BITS) - 1) & !0xfff | 1 << 11 | 1 << 8;
-
 impl VcpuState {
     /// `KVM_GET_REGS`
     pub(super) fn regs(&self) -> kvm_regs {
@@ -163,10 +160,10 @@ impl VcpuState {
     }
 
     fn set_system(&mut self, system: &SystemRegisters, apic_base: u64) -> Result<(), Errno> {
-        if !self.is_possible(system) || apic_base & !APIC_BASE_VALID != 0 {
+        if !self.is_possible(system) || !self.takes_base(apic_base, false) {
             return Err(Errno::INVAL);
         }
-        self.apic_base = apic_base;
+        self.set_base(apic_base);
         self.cpu.set_system_registers(system);
         Ok(())
     }

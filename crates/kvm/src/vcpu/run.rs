@@ -4,24 +4,23 @@
 //! allocates nothing and takes one uncontended mutex.
 
 use super::exit::Answer;
+use super::lapic::Lapic;
 use super::run_page::PIO_DATA_SIZE;
 use super::signal::Running;
 use super::{Vcpu, VcpuState};
 use crate::bus::Space;
 use crate::cpuid;
-use crate::irqchip::{self, Model};
+use crate::irqchip::Model;
 use crate::td::Stage;
 use kvm_bindings::{
-    KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_HLT, KVM_EXIT_INTR, KVM_EXIT_IRQ_WINDOW_OPEN,
-    KVM_EXIT_SHUTDOWN, KVM_EXIT_UNKNOWN, KVM_INTERNAL_ERROR_EMULATION, KVM_MP_STATE_HALTED,
-    KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_SIPI_RECEIVED,
-    KVM_MP_STATE_UNINITIALIZED, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS,
-    KVM_SYNC_X86_VALID_FIELDS, kvm_sync_regs,
+    KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_INTR, KVM_EXIT_IOAPIC_EOI, KVM_EXIT_IRQ_WINDOW_OPEN,
+    KVM_EXIT_SHUTDOWN, KVM_EXIT_UNKNOWN, KVM_INTERNAL_ERROR_EMULATION, KVM_MP_STATE_RUNNABLE,
+    KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, KVM_SYNC_X86_VALID_FIELDS,
+    kvm_sync_regs,
 };
 use rustix::io::Errno;
 use std::mem::offset_of;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 use twofold_arch::Gpa;
 use twofold_cpu::state::efer;
 use twofold_cpu::{Exit, Pml};
@@ -184,11 +183,13 @@ impl Vcpu {
                 page.set_exit_reason(KVM_EXIT_DIRTY_RING_FULL);
                 return Ok(KVM_EXIT_DIRTY_RING_FULL);
             }
+            if state.lapic.is_some()
+                && let Some(reason) = self.before_entry(state)?
+            {
+                return Ok(reason);
+            }
             self.load_root(state)?;
             state.cpu.set_msr_exits(self.vm.filters_msrs());
-            if state.lapic.is_some() {
-                state.deliver_from_lapic(page.request_interrupt_window());
-            }
             let exit = match self.vm.td() {
                 None => self.run_processor(state),
                 Some(td) => self.run_td(td, state)?,
@@ -208,7 +209,7 @@ impl Vcpu {
                 Exit::SecondStage(fault) => self.second_stage_fault(state, fault)?,
                 Exit::MmioRead { gpa, len } => self.memory_read(state, gpa, len),
                 Exit::MmioWrite { gpa, len, data } => self.memory_write(state, gpa, len, data),
-                Exit::Halt => self.halt(),
+                Exit::Halt => self.halt(state)?,
                 Exit::Rdmsr { index } => self.read_msr(state, index),
                 Exit::Wrmsr { index, value } => self.write_msr(state, index, value),
                 Exit::Hypercall { .. } => self.hypercall(state),
@@ -263,6 +264,32 @@ impl Vcpu {
                 return Ok(reason);
             }
         }
+    }
+
+    /// What a vCPU with a local APIC has to see to before it enters the guest: what others ask of it,
+    /// and its interrupts. The reason, if the program has to know of something first.
+    #[inline]
+    fn before_entry(&self, state: &mut VcpuState) -> Result<Option<u32>, Errno> {
+        self.meet_requests(state);
+        if state.mp_state != KVM_MP_STATE_RUNNABLE {
+            self.wait_until_runnable(state)?;
+        }
+        if let Some(vector) = state.ended {
+            if state.cpu.has_pending_completion() {
+                // The instruction that ended the interrupt is finished first.
+                self.core.line.kick();
+            } else {
+                state.ended = None;
+                self.core.run.set_end_of_interrupt(vector);
+                return Ok(Some(KVM_EXIT_IOAPIC_EOI));
+            }
+        }
+        let program_waits = self.core.run.request_interrupt_window();
+        if self.vm.has_external() && state.takes_external() && state.cpu.interrupt_window_open() {
+            state.external = self.vm.acknowledge_external();
+        }
+        state.deliver_interrupt(program_waits, self.vm.has_external());
+        Ok(None)
     }
 
     /// Runs the guest until the processor stops. What it has written down about the guest's writes
@@ -350,9 +377,6 @@ impl Vcpu {
         count: u32,
     ) -> Next {
         self.core.counters.io_exits.increment();
-        if self.vm.irqchip_owns_port(port) {
-            return self.irqchip_used("port", port.into());
-        }
         let page = &self.core.run;
         if write {
             let data = state.cpu.io_data();
@@ -386,8 +410,9 @@ impl Vcpu {
 
     fn memory_read(&self, state: &mut VcpuState, gpa: Gpa, length: u8) -> Next {
         self.core.counters.mmio_exits.increment();
-        if irqchip::owns_memory(self.vm.irqchip_model(), state.apic_base, gpa.get()) {
-            return self.irqchip_used("memory", gpa.get());
+        if let Some(data) = self.read_controller(state, gpa.get(), length.into()) {
+            state.cpu.complete_mmio_read(&data);
+            return Next::Enter;
         }
         state.answer = Answer::Memory {
             length: length.into(),
@@ -398,41 +423,40 @@ impl Vcpu {
         Next::Return(kvm_bindings::KVM_EXIT_MMIO)
     }
 
-    fn memory_write(&self, state: &VcpuState, gpa: Gpa, length: u8, data: [u8; 8]) -> Next {
+    fn memory_write(&self, state: &mut VcpuState, gpa: Gpa, length: u8, data: [u8; 8]) -> Next {
         self.core.counters.mmio_exits.increment();
-        if irqchip::owns_memory(self.vm.irqchip_model(), state.apic_base, gpa.get()) {
-            return self.irqchip_used("memory", gpa.get());
-        }
         let bytes = &data[..usize::from(length).min(8)];
-        if self.vm.buses().write(Space::Memory, gpa.get(), bytes) {
+        if self.write_controller(state, gpa.get(), bytes)
+            || self.vm.buses().write(Space::Memory, gpa.get(), bytes)
+        {
             return Next::Enter;
         }
         self.core.run.set_mmio(gpa.get(), data, length.into(), true);
         Next::Return(kvm_bindings::KVM_EXIT_MMIO)
     }
 
-    pub(super) fn halt(&self) -> Next {
-        self.core.counters.halt_exits.increment();
-        if self.vm.irqchip_model() != Model::None {
-            tracing::error!(
-                vcpu = self.core.id,
-                "the guest halts to wait for an interrupt of the in-kernel interrupt controller, \
-                 which delivers none"
-            );
-            return self.emulation_failure(&[0xf4]);
+    /// A read of memory that belongs to an interrupt controller of ours; `None` if it does not.
+    fn read_controller(&self, state: &VcpuState, address: u64, length: usize) -> Option<[u8; 8]> {
+        let lapic = state.lapic.as_ref()?;
+        let mut data = [0; 8];
+        if lapic.owns(address) {
+            let offset = (address & 0xfff) as usize;
+            data[..4].copy_from_slice(&lapic.read_memory(offset, length, state.cpu.cr8()));
+            return Some(data);
         }
-        self.core.run.set_exit_reason(KVM_EXIT_HLT);
-        Next::Return(KVM_EXIT_HLT)
+        None
     }
 
-    pub(super) fn irqchip_used(&self, what: &str, address: u64) -> Next {
-        tracing::error!(
-            vcpu = self.core.id,
-            what,
-            address = format_args!("{address:#x}"),
-            "the guest uses the in-kernel interrupt controller, which is not emulated"
-        );
-        self.emulation_failure(&[])
+    /// A write to memory that may belong to an interrupt controller of ours. Whether it does.
+    fn write_controller(&self, state: &mut VcpuState, address: u64, data: &[u8]) -> bool {
+        let VcpuState { lapic, cpu, .. } = state;
+        let Some(lapic) = lapic else { return false };
+        if lapic.owns(address) {
+            let effect = lapic.write_memory((address & 0xfff) as usize, data, cpu);
+            self.carry_out(state, effect);
+            return true;
+        }
+        false
     }
 
     /// `KVM_EXIT_INTERNAL_ERROR` with suberror "emulation".
@@ -480,54 +504,37 @@ impl Vcpu {
             page.set_sync_regs_part(offset_of!(kvm_sync_regs, events), events);
         }
     }
-
-    /// A vCPU that is not runnable waits: for a signal, since no interrupt controller wakes it.
-    fn wait_until_runnable(&self, state: &mut VcpuState) -> Result<(), Errno> {
-        match state.mp_state {
-            KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED | KVM_MP_STATE_HALTED => {
-                if state.mp_state == KVM_MP_STATE_HALTED
-                    && (state.cpu.events().interrupt.is_some() || state.cpu.events().nmi_pending)
-                {
-                    state.mp_state = KVM_MP_STATE_RUNNABLE;
-                    return Ok(());
-                }
-                while !self.core.run.immediate_exit() {
-                    if self.core.signalled.load(Ordering::Relaxed) {
-                        return Err(self.interrupted());
-                    }
-                    // Returns early when a signal arrives; the pause bounds the wait when it
-                    // arrived just before.
-                    let _ = rustix::thread::nanosleep(&rustix::thread::Timespec {
-                        tv_sec: 0,
-                        tv_nsec: Duration::from_millis(20).as_nanos() as _,
-                    });
-                }
-                Err(Errno::INTR)
-            }
-            KVM_MP_STATE_SIPI_RECEIVED => {
-                state.mp_state = KVM_MP_STATE_RUNNABLE;
-                Ok(())
-            }
-            _ => Ok(()),
-        }
-    }
 }
 
 impl VcpuState {
-    /// Hands the processor the interrupt that the local APIC holds for it, or asks to be told when
-    /// it can take one.
+    /// Whether this vCPU takes the PICs' interrupts, and has none of them.
+    fn takes_external(&self) -> bool {
+        self.external.is_none() && self.lapic.as_ref().is_some_and(Lapic::takes_external)
+    }
+
+    /// Hands the processor the interrupt that waits for it, or asks to be told when it can take one.
+    /// `external` if the PICs have another.
     #[inline]
-    fn deliver_from_lapic(&mut self, program_waits: bool) {
+    fn deliver_interrupt(&mut self, program_waits: bool, external: bool) {
         let Some(lapic) = &mut self.lapic else { return };
         let blocked = self.cpu.debug_control().block_interrupts;
-        let pending = lapic.pending(self.cpu.cr8()).filter(|_| !blocked);
-        let open = self.cpu.interrupt_window_open();
-        if let (Some(vector), true) = (pending, open) {
-            lapic.accept(vector);
-            self.cpu.inject_interrupt(vector);
+        let cr8 = self.cpu.cr8();
+        if self.cpu.interrupt_window_open() && !blocked {
+            if let Some(vector) = self.external.take() {
+                self.cpu.inject_interrupt(vector);
+            } else if let Some(vector) = lapic.pending(cr8) {
+                lapic.accept(vector);
+                self.cpu.inject_interrupt(vector);
+            }
         }
-        self.cpu
-            .request_interrupt_window(program_waits || pending.is_some() && !open);
+        let waits = self.external.is_some()
+            || lapic.pending(cr8).is_some()
+            || external && lapic.takes_external();
+        let below = lapic.wants_cr8_below(cr8);
+        let wanted = program_waits || waits && !blocked || below.is_some();
+        self.cpu.request_interrupt_window(wanted);
+        let limit = below.filter(|_| !program_waits && !waits);
+        self.cpu.limit_interrupt_window(limit);
     }
 
     pub(super) fn rip(&self) -> u64 {

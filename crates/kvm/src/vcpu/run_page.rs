@@ -9,7 +9,7 @@ use crate::shared::SharedMemory;
 use crate::usercopy::Plain;
 use kvm_bindings::{
     KVM_DIRTY_LOG_PAGE_OFFSET, KVM_EXIT_DEBUG, KVM_EXIT_HYPERCALL, KVM_EXIT_INTERNAL_ERROR,
-    KVM_EXIT_IO, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_SYSTEM_EVENT,
+    KVM_EXIT_IO, KVM_EXIT_IOAPIC_EOI, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_SYSTEM_EVENT,
     KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, kvm_run,
     kvm_run__bindgen_ty_1,
 };
@@ -252,6 +252,12 @@ impl RunPage {
         page.write(exit!(memory_fault.gpa), address);
         page.write(exit!(memory_fault.size), size);
         self.set_exit_reason(KVM_EXIT_MEMORY_FAULT);
+    }
+
+    /// `KVM_EXIT_IOAPIC_EOI`: the interrupt with this vector has ended.
+    pub(crate) fn set_end_of_interrupt(&self, vector: u8) {
+        self.0.write(exit!(eoi.vector), vector);
+        self.set_exit_reason(KVM_EXIT_IOAPIC_EOI);
     }
 
     /// `KVM_EXIT_SYSTEM_EVENT` with up to 16 words of data.

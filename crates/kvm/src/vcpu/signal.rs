@@ -48,6 +48,7 @@ pub(crate) fn interrupt_current_run() -> bool {
         Some(core) => {
             core.signalled.store(true, Ordering::Relaxed);
             core.line.kick();
+            core.inbox.ring_own();
             true
         }
         None => false,

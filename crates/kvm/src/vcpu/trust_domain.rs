@@ -147,9 +147,6 @@ impl VcpuState {
         self.cpu.set_registers(registers);
         self.mp_state = KVM_MP_STATE_RUNNABLE;
         let base = self.apic_base | lapic::base::X2APIC;
-        if let Some(lapic) = &mut self.lapic {
-            lapic.set_base(self.apic_base, base);
-        }
-        self.apic_base = base;
+        self.set_base(base);
     }
 }

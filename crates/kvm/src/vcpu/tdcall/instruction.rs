@@ -1,8 +1,6 @@
 //! What a TD's guest asks of KVM in place of an instruction: CPUID, HLT, port I/O, RDMSR and WRMSR.
 
 use super::super::exit::Answer;
-use super::super::lapic::{self, Lapic};
-use super::super::msr::IA32_TSC_DEADLINE;
 use super::super::run::Next;
 use super::super::{Vcpu, VcpuState};
 use super::vmcall::{Call, CallStatus, R11, R12, R13, R14, R15, VmcallAnswer};
@@ -14,6 +12,7 @@ use kvm_bindings::{
     KVM_EXIT_IO, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_MSR_EXIT_REASON_FILTER,
     KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN,
 };
+use rustix::io::Errno;
 
 impl Vcpu {
     /// CPUID: leaf and subleaf in R12 and R13, the four registers in R12 to R15. The answer is from
@@ -30,13 +29,13 @@ impl Vcpu {
     }
 
     /// HLT: R12 says whether interrupts are blocked.
-    pub(super) fn td_halt(&self, state: &mut VcpuState, call: Call) -> Next {
+    pub(super) fn td_halt(&self, state: &mut VcpuState, call: Call) -> Result<Next, Errno> {
         let blocked = call.get(R12) != 0;
         call.finish(state, CallStatus::Success);
-        if !blocked && state.has_interrupt() {
-            return Next::Enter;
+        if !blocked && state.has_interrupt(self.vm.has_external()) {
+            return Ok(Next::Enter);
         }
-        self.halt()
+        self.halt(state)
     }
 
     /// Port I/O: bytes in R12, direction in R13 (1 to write), port in R14, data in R15 or R11.
@@ -47,9 +46,6 @@ impl Vcpu {
             call.finish(state, CallStatus::InvalidOperand);
             return Next::Enter;
         };
-        if self.vm.irqchip_owns_port(port) {
-            return self.irqchip_used("port", port.into());
-        }
         let page = &self.core.run;
         let size = size as u8;
         if direction == 1 {
@@ -102,11 +98,8 @@ impl Vcpu {
         } else if !self.vm.allows_msr(index, MsrAccess::WRITE) {
             Some(KVM_MSR_EXIT_REASON_FILTER)
         } else {
-            match state.write_emulated_msr(index, value) {
-                Ok(true) => None,
-                Ok(false) => Some(KVM_MSR_EXIT_REASON_INVAL),
-                Err(what) => return self.irqchip_used(what, index.into()),
-            }
+            let accepted = !is_read_only_msr(index) && self.accept_msr(state, index, value);
+            (!accepted).then_some(KVM_MSR_EXIT_REASON_INVAL)
         };
         match refused {
             None => call.finish(state, CallStatus::Success),
@@ -119,30 +112,5 @@ impl Vcpu {
             Some(_) => call.finish(state, CallStatus::InvalidOperand),
         }
         Next::Enter
-    }
-}
-
-impl VcpuState {
-    /// Whether the local APIC, or the program, has an interrupt for the guest.
-    pub(super) fn has_interrupt(&self) -> bool {
-        let waits = |lapic: &Lapic| lapic.pending(self.cpu.cr8()).is_some();
-        self.lapic.as_ref().is_some_and(waits) || self.cpu.events().interrupt.is_some()
-    }
-
-    /// Writes a register that KVM emulates for a TD: whether it took the value. `Err`: what the
-    /// local APIC does not do.
-    fn write_emulated_msr(&mut self, index: u32, value: u64) -> Result<bool, &'static str> {
-        use lapic::Refused;
-        let result = match index {
-            _ if is_read_only_msr(index) => return Ok(false),
-            IA32_TSC_DEADLINE => self.lapic.as_ref().map_or(Ok(()), Lapic::write_deadline),
-            _ if lapic::X2APIC.contains(&index) => self.write_x2apic(index, value),
-            _ => return Ok(self.set_msr(index, value, true)),
-        };
-        match result {
-            Ok(()) => Ok(true),
-            Err(Refused::Fault) => Ok(false),
-            Err(Refused::Unsupported(what)) => Err(what),
-        }
     }
 }

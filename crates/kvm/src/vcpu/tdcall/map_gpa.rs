@@ -121,7 +121,7 @@ impl Vcpu {
 
     /// Whether something waits that should not wait for the whole conversion.
     fn has_event(&self, state: &VcpuState) -> bool {
-        state.has_interrupt() || self.core.signalled.load(Ordering::Relaxed)
+        state.has_interrupt(self.vm.has_external()) || self.core.signalled.load(Ordering::Relaxed)
     }
 }
 

@@ -131,7 +131,7 @@ impl Vcpu {
         }
         Ok(match call.get(R11) {
             subfunction::CPUID => self.td_cpuid(state, call),
-            subfunction::HLT => self.td_halt(state, call),
+            subfunction::HLT => self.td_halt(state, call)?,
             subfunction::IO => self.td_port(state, call),
             subfunction::RDMSR => self.td_read_msr(state, call),
             subfunction::WRMSR => self.td_write_msr(state, call),

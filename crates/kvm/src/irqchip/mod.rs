@@ -5,6 +5,12 @@
 //! itself; nothing else is delivered: a guest that halts to wait for an interrupt, or touches
 //! another controller, ends in `KVM_EXIT_INTERNAL_ERROR` with a log line.
 
+mod message;
+mod timers;
+
+pub(crate) use message::{Address, AddressMode, Delivery, Destination, Message};
+pub(crate) use timers::{Timers, now};
+
 use crate::capability::MAX_IRQ_ROUTES;
 use crate::vm::Vm;
 use kvm_bindings::{
@@ -231,4 +237,14 @@ impl Vm {
         );
         Err(Errno::INVAL)
     }
+}
+
+impl Vm {
+    pub(crate) fn acknowledge_external(&self) -> Option<u8> {
+        None
+    }
+    pub(crate) fn wants_end_of(&self, _vector: u8) -> bool {
+        false
+    }
+    pub(crate) fn end_interrupt(&self, _vector: u8, _level: bool) {}
 }
