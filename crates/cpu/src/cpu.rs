@@ -15,6 +15,7 @@ use crate::state::{
     SystemRegisters, TableRegister,
 };
 use crate::trap::{Exception, Exit};
+use crate::x87;
 use std::sync::Arc;
 use twofold_arch::{Gpa, Hpa, Level};
 
@@ -345,12 +346,15 @@ impl Cpu {
         self.core.vectors
     }
 
-    /// Replaces x87, SSE and AVX state. Reserved bits of MXCSR are dropped.
+    /// Replaces x87, SSE and AVX state. Bits of MXCSR and of the x87 control word that do not exist
+    /// are dropped, and the summary in the status word says what its flags and the masks do.
     pub fn set_fpu(&mut self, fpu: &FpuState) {
-        self.core.vectors = FpuState {
+        let state = &mut self.core.vectors;
+        *state = FpuState {
             mxcsr: fpu.mxcsr & 0xffff,
             ..*fpu
         };
+        x87::set_words(state, fpu.fcw, fpu.fsw);
     }
 
     /// The MSRs that instructions use, and XCR0.

@@ -10,6 +10,7 @@ use crate::xsave;
 
 /// Leaf 1, EDX.
 mod leaf1_edx {
+    pub(super) const FPU: u32 = 1 << 0;
     pub(super) const DE: u32 = 1 << 2;
     pub(super) const PSE: u32 = 1 << 3;
     pub(super) const TSC: u32 = 1 << 4;
@@ -58,6 +59,8 @@ mod leaf7_ebx {
     pub(super) const BMI2: u32 = 1 << 8;
     pub(super) const ERMS: u32 = 1 << 9;
     pub(super) const INVPCID: u32 = 1 << 10;
+    /// The x87 unit stores no selectors.
+    pub(super) const NO_FCS_FDS: u32 = 1 << 13;
     pub(super) const RDSEED: u32 = 1 << 18;
     pub(super) const ADX: u32 = 1 << 19;
     pub(super) const SMAP: u32 = 1 << 20;
@@ -171,7 +174,8 @@ pub fn supported(kind: SecondStageKind, physical_bits: u8) -> Vec<CpuidEntry> {
                 | leaf1_ecx::POPCNT
                 | leaf1_ecx::XSAVE
                 | if random.rdrand { leaf1_ecx::RDRAND } else { 0 },
-            leaf1_edx::DE
+            leaf1_edx::FPU
+                | leaf1_edx::DE
                 | leaf1_edx::PSE
                 | leaf1_edx::TSC
                 | leaf1_edx::MSR
@@ -198,6 +202,7 @@ pub fn supported(kind: SecondStageKind, physical_bits: u8) -> Vec<CpuidEntry> {
                     | leaf7_ebx::INVPCID
                     | if random.rdseed { leaf7_ebx::RDSEED } else { 0 }
                     | leaf7_ebx::BMI1
+                    | leaf7_ebx::NO_FCS_FDS
                     | leaf7_ebx::SMEP
                     | leaf7_ebx::BMI2
                     | leaf7_ebx::ERMS

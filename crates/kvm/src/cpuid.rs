@@ -15,9 +15,9 @@ pub const GUEST_ADDRESS_BITS: u32 = 48;
 
 /// What KVM adds to the processor's own table.
 mod added {
-    /// Leaf 1, EDX: the FPU, whose state there is, machine checks (two bits), the local APIC, which
-    /// is the program's where KVM has none, and memory type range registers.
-    pub(super) const LEAF_1_EDX: u32 = 1 << 0 | 1 << 7 | 1 << 9 | 1 << 12 | 1 << 14;
+    /// Leaf 1, EDX: machine checks (two bits), the local APIC, which is the program's where KVM has
+    /// none, and memory type range registers.
+    pub(super) const LEAF_1_EDX: u32 = 1 << 7 | 1 << 9 | 1 << 12 | 1 << 14;
     /// Leaf 1, ECX: x2APIC, which an in-kernel local APIC has, and the bit that says "a virtual
     /// machine".
     pub(super) const LEAF_1_ECX: u32 = 1 << 21 | 1 << 31;

@@ -6,6 +6,7 @@ use crate::form::Form;
 use crate::op::{Address, Handler, Op, Segmented};
 use crate::state::{FpuState, cr0};
 use crate::trap::Trap;
+use crate::x87;
 use iced_x86::Mnemonic as M;
 
 /// Bytes of the image.
@@ -71,8 +72,7 @@ pub(crate) fn encode_x87<const WIDE: bool>(state: &FpuState) -> [u128; BEFORE_VE
 
 /// What the x87 part of an image says.
 pub(crate) fn decode_x87<const WIDE: bool>(image: &[u128; BEFORE_VECTORS], state: &mut FpuState) {
-    state.fcw = image[0] as u16;
-    state.fsw = (image[0] >> 16) as u16;
+    x87::set_words(state, image[0] as u16, (image[0] >> 16) as u16);
     state.ftw = (image[0] >> 32) as u8;
     state.fop = (image[0] >> 48) as u16 & OPCODE;
     state.fip = (image[0] >> 64) as u64 & pointer_mask::<WIDE>();

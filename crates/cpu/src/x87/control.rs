@@ -1,17 +1,19 @@
 //! The control instructions.
 
-use super::{ready, report_exception, require_unit, status, summarise};
-use crate::core_state::Core;
+use super::{initialise, ready, report_exception, require_unit, set_words, status};
 use crate::form::{Form, Kind};
-use crate::op::{Handler, Mem, Op, Place as _, Read as _, Segmented};
-use crate::state::{FpuState, cr0, gpr};
-use crate::trap::Trap;
+use crate::op::{Handler, Mem, Place as _, Read as _, Segmented};
+use crate::state::{cr0, gpr};
 use iced_x86::Mnemonic as M;
 
 /// The handler for an instruction of this subject.
 pub(super) fn select(form: &Form) -> Option<Handler> {
     Some(match (form.mnemonic, form.kinds[0]) {
-        (M::Fninit, _) => initialise,
+        (M::Fninit, _) => |core, _| {
+            require_unit(core)?;
+            initialise(&mut core.vectors);
+            Ok(())
+        },
         (M::Fnclex, _) => |core, _| {
             require_unit(core)?;
             core.vectors.fsw &= !(status::EXCEPTIONS | status::STACK_FAULT | status::SUMMARY);
@@ -29,8 +31,8 @@ pub(super) fn select(form: &Form) -> Option<Handler> {
         (M::Fldcw, _) => |core, op| {
             ready(core)?;
             let value: u16 = Mem::<Segmented>::read(core, op)?;
-            core.vectors.fcw = value & CONTROL | CONTROL_ONES;
-            summarise(&mut core.vectors);
+            let state = &mut core.vectors;
+            set_words(state, value, state.fsw);
             Ok(())
         },
         (M::Fnstcw, _) => |core, op| {
@@ -48,24 +50,4 @@ pub(super) fn select(form: &Form) -> Option<Handler> {
         },
         _ => return None,
     })
-}
-
-/// Bits of the control word that can be written, and one that is always set.
-const CONTROL: u16 = 0x1f3f;
-const CONTROL_ONES: u16 = 0x40;
-
-/// FNINIT. The registers are empty, but keep what they hold.
-fn initialise(core: &mut Core, _op: &Op) -> Result<(), Trap> {
-    require_unit(core)?;
-    let state = &mut core.vectors;
-    let top = (state.fsw & status::TOP) >> status::TOP_SHIFT;
-    state.st.rotate_right(top.into());
-    let initial = FpuState::default();
-    state.fcw = initial.fcw;
-    state.fsw = initial.fsw;
-    state.ftw = initial.ftw;
-    state.fop = initial.fop;
-    state.fip = initial.fip;
-    state.fdp = initial.fdp;
-    Ok(())
 }

@@ -193,15 +193,92 @@ extern "C" fn on_memory() {
 }
 
 /// Two bits a register: 3 if its bit is clear, 0 if it is set.
-fn full_tags(abridged: u8) -> u32 {
+pub(super) fn full_tags(abridged: u8) -> u32 {
     (0..8)
         .filter(|register| abridged >> register & 1 == 0)
         .fold(0, |tags, register| tags | 3 << (2 * register))
 }
 
 /// One bit a register: clear if its tag is 3.
-fn abridged_tags(tags: u32) -> u8 {
+pub(super) fn abridged_tags(tags: u32) -> u8 {
     (0..8)
         .filter(|register| tags >> (2 * register) & 3 != 3)
         .fold(0, |abridged, register| abridged | 1 << register)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::x87::status;
+
+    /// The host's control and status word.
+    fn words() -> (u16, u16) {
+        let (mut control, mut status) = (0u16, 0u16);
+        // SAFETY: stores the two words.
+        unsafe {
+            asm!(
+                "fnstcw word ptr [{0}]",
+                "fnstsw word ptr [{1}]",
+                in(reg) &raw mut control,
+                in(reg) &raw mut status,
+                options(nostack),
+            );
+        }
+        (control, status)
+    }
+
+    /// Reports whatever waits in the host's unit to this process.
+    fn wait() {
+        // SAFETY: changes nothing.
+        unsafe { asm!("fwait", options(nostack, preserves_flags)) };
+    }
+
+    #[test]
+    fn an_exception_of_the_guest_stays_out_of_the_hosts_unit() {
+        let before = words();
+        // Every exception unmasked, rounding down.
+        let mut unit = Unit::new(&FpuState {
+            fcw: 0x740,
+            ..FpuState::default()
+        });
+        // fadd st0,st0 on an empty register
+        unit.execute(Instruction(0x0c0), &mut Operand::default());
+        assert_eq!(unit.status() & status::SUMMARY, status::SUMMARY);
+        assert_eq!(unit.control(), 0x740);
+        wait();
+        assert_eq!(words(), (before.0, 0));
+    }
+
+    #[test]
+    fn what_goes_in_comes_out() {
+        let mut state = FpuState {
+            fcw: 0x77f,
+            fsw: 0x6a3f,
+            ftw: 0x5a,
+            ..FpuState::default()
+        };
+        for (i, register) in (1..).zip(&mut state.st) {
+            *register = REGISTER / (i * 1_000_003);
+        }
+        let mut unit = Unit::new(&state);
+        // fnop
+        unit.execute(Instruction(0x1d0), &mut Operand::default());
+        let mut found = FpuState::default();
+        unit.store(&mut found);
+        assert_eq!(found, state);
+    }
+
+    #[test]
+    fn each_stub_is_the_instruction_that_is_asked_for() {
+        for opcode in 0..0x800u16 {
+            let place = Instruction(opcode).stub() as *const u8;
+            // SAFETY: the stubs are four bytes of the program's text each.
+            let stub = unsafe { place.cast::<[u8; STUB_BYTES]>().read_unaligned() };
+            let mut modrm = opcode as u8;
+            if modrm < 0xc0 {
+                modrm = modrm & 0x38 | 7;
+            }
+            assert_eq!(stub, [0xd8 | (opcode >> 8) as u8, modrm, 0xc3, 0xcc]);
+        }
+    }
 }

@@ -2,10 +2,11 @@
 //!
 //! The registers are kept as an image has them, from the top of the stack on: when the top moves,
 //! they do. `control` has the instructions that change how the unit works or tell what it is in,
-//! `compute` all others, which `host` executes.
+//! `environment` those that move all of its state, `compute` all others, which `host` executes.
 
 mod compute;
 mod control;
+mod environment;
 mod host;
 
 pub(crate) use compute::note_opcode;
@@ -18,8 +19,14 @@ use crate::trap::{Exception, Trap, vector};
 
 /// The handler for an instruction of this subject.
 pub(crate) fn select(form: &Form) -> Option<Handler> {
-    control::select(form).or_else(|| compute::select(form))
+    control::select(form)
+        .or_else(|| environment::select(form))
+        .or_else(|| compute::select(form))
 }
+
+/// Bits of the control word that can be written, and one that is always set.
+const CONTROL: u16 = 0x1f3f;
+const CONTROL_ONES: u16 = 0x40;
 
 /// Fields of the status word.
 mod status {
@@ -69,12 +76,30 @@ fn exception_waits(state: &FpuState) -> bool {
     state.fsw & !state.fcw & status::EXCEPTIONS != 0
 }
 
-/// Makes the summary bits say what the flags and masks do.
-fn summarise(state: &mut FpuState) {
-    let summary = if exception_waits(state) {
-        status::SUMMARY
-    } else {
-        0
+/// Gives the unit a control and a status word: of the one, bits that do not exist are dropped, of
+/// the other, the summary is worked out anew, whatever it says.
+pub(crate) fn set_words(state: &mut FpuState, control: u16, status: u16) {
+    state.fcw = control & CONTROL | CONTROL_ONES;
+    state.fsw = status & !status::SUMMARY;
+    if exception_waits(state) {
+        state.fsw |= status::SUMMARY;
+    }
+}
+
+/// The register that is the top of the stack.
+fn top(state: &FpuState) -> u16 {
+    (state.fsw & status::TOP) >> status::TOP_SHIFT
+}
+
+/// What FNINIT does. The registers are empty, but keep what they hold.
+fn initialise(state: &mut FpuState) {
+    let top = top(state);
+    state.st.rotate_right(top.into());
+    *state = FpuState {
+        mxcsr: state.mxcsr,
+        st: state.st,
+        xmm: state.xmm,
+        ymm_high: state.ymm_high,
+        ..FpuState::default()
     };
-    state.fsw = state.fsw & !status::SUMMARY | summary;
 }

@@ -12,4 +12,5 @@ mod sub_pages;
 mod support;
 mod trust_domain;
 mod virtualization_exceptions;
+mod x87;
 mod xsave;

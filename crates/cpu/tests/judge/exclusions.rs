@@ -31,14 +31,6 @@ pub fn excluded(code: Code) -> Option<&'static str> {
         | M::Iretd
         | M::Iretq
         | M::Retf => return Some("depends on the host's descriptors"),
-        M::Fxsave
-        | M::Fxsave64
-        | M::Fxrstor
-        | M::Fxrstor64
-        | M::Fnsave
-        | M::Fnstenv
-        | M::Frstor
-        | M::Fldenv => return Some("its image has fields that vendors fill differently"),
         M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 | M::Xsavec | M::Xsavec64 => {
             return Some("what it leaves out depends on what the processor keeps track of");
         }

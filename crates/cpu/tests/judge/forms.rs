@@ -387,6 +387,10 @@ impl Generator {
     ) {
         use Mnemonic as M;
         let gpr = &case.registers.gpr;
+        if matches!(instruction.mnemonic(), M::Fxrstor | M::Fxrstor64) {
+            fill_legacy_area(case, target, rng);
+            return;
+        }
         let mut value = match instruction.memory_size() {
             _ if floating => rng.floats(),
             MemorySize::Float32 | MemorySize::Float64 => rng.floats(),
@@ -476,7 +480,7 @@ impl Generator {
                 if instruction.op0_kind() == OpKind::Register {
                     let full = instruction.op0_register().full_register().number();
                     case.registers.gpr[full] = target;
-                } else if let Some(at) = self.operand_address(case, instruction) {
+                } else if let Some(at) = operand_address(case, instruction) {
                     patch(case, at, &target.to_le_bytes()[..self.bitness as usize / 8]);
                 }
             }
@@ -487,16 +491,17 @@ impl Generator {
             _ => {}
         }
     }
+}
 
-    fn operand_address(&self, case: &Case, instruction: &Instruction) -> Option<u64> {
-        instruction.virtual_address(0, 0, |register, _, _| {
-            Some(match register {
-                Register::GS => GS_BASE,
-                register if register.is_segment_register() => 0,
-                register => read_register(case, register),
-            })
+/// The linear address of an instruction's memory operand.
+pub fn operand_address(case: &Case, instruction: &Instruction) -> Option<u64> {
+    instruction.virtual_address(0, 0, |register, _, _| {
+        Some(match register {
+            Register::GS => GS_BASE,
+            register if register.is_segment_register() => 0,
+            register => read_register(case, register),
         })
-    }
+    })
 }
 
 /// The area that XRSTOR reads.
@@ -533,17 +538,25 @@ fn place_area(target: u64, rng: &mut Rng) -> u64 {
     }
 }
 
-/// Makes an area to restore from, with a header that is nearly always valid. What the x87 part has
-/// in its reserved fields vendors do not agree on, nor on pending exceptions.
-fn fill_area(case: &mut Case, target: u64, rng: &mut Rng) {
-    let x87 = 0x37f | (rng.next() & 0x7f00) << 16 | (rng.next() & 0xff) << 32;
+/// Makes what FXRSTOR reads: any x87 control, status and tag word, pointers that are addresses, and
+/// an MXCSR that is nearly always valid.
+fn fill_legacy_area(case: &mut Case, target: u64, rng: &mut Rng) {
+    let x87 = rng.next() & 0x07ff_00ff_ffff_ffff;
     patch(case, target, &x87.to_le_bytes());
-    patch(case, target.wrapping_add(8), &[0; 16]);
+    for pointer in [8, 16] {
+        let value = rng.next() >> 17;
+        patch(case, target.wrapping_add(pointer), &value.to_le_bytes());
+    }
     let mut mxcsr = rng.next() as u32 & 0xffff;
     if rng.chance(3) {
         mxcsr |= 1 << 16;
     }
     patch(case, target.wrapping_add(area::MXCSR), &mxcsr.to_le_bytes());
+}
+
+/// Makes an area to restore from, with a header that is nearly always valid.
+fn fill_area(case: &mut Case, target: u64, rng: &mut Rng) {
+    fill_legacy_area(case, target, rng);
     let mut layout = 0;
     let mut present = rng.next() & area::COMPONENTS;
     if rng.chance(40) {
@@ -632,16 +645,23 @@ fn is_32bit_count(instruction: &Instruction) -> bool {
         })
 }
 
-/// Whether an instruction is one of the x87 unit.
-pub fn is_x87(instruction: &Instruction) -> bool {
+/// Whether an instruction depends on the x87 unit.
+fn is_x87(instruction: &Instruction) -> bool {
     let op = instruction.op_code();
     let opcode = if op.op_code_len() == 2 {
         op.op_code() >> 8
     } else {
         op.op_code()
     };
-    op.table() == OpCodeTableKind::Normal
-        && (matches!(opcode, 0xd8..=0xdf) || instruction.mnemonic() == Mnemonic::Wait)
+    op.table() == OpCodeTableKind::Normal && matches!(opcode, 0xd8..=0xdf)
+        || matches!(
+            instruction.mnemonic(),
+            Mnemonic::Wait
+                | Mnemonic::Fxsave
+                | Mnemonic::Fxsave64
+                | Mnemonic::Fxrstor
+                | Mnemonic::Fxrstor64
+        )
 }
 
 /// The x87 unit in any state that it can be in.
