@@ -8,9 +8,9 @@ use crate::mode::Mode;
 use crate::op::{Handler, Op};
 use crate::trap::{Exit, Trap, UnknownInstruction};
 use crate::{
-    bits, control, control_registers, events, far, integer, io, msr, muldiv, protection_keys,
-    random, segments, shifts, simd, stack, strings, syscall, system, system_flags, tables, td, x87,
-    xsave,
+    bits, control, control_registers, decimal, events, far, features, integer, io, msr, muldiv,
+    protection_keys, random, segments, shifts, simd, stack, strings, syscall, system, system_flags,
+    tables, td, x87, xsave,
 };
 use iced_x86::{
     Decoder, DecoderError, DecoderOptions, EncodingKind, FlowControl, Instruction, Mnemonic,
@@ -25,9 +25,10 @@ const INSTRUCTION_BYTES: usize = 15;
 
 /// The handler for an instruction, if this processor executes it.
 fn select(form: &Form) -> Option<Handler> {
-    // AVX-512 needs state that XCR0 cannot enable.
-    if form.mnemonic == Mnemonic::INVALID || form.instruction.encoding() == EncodingKind::EVEX {
-        return Some(invalid);
+    // AVX-512 needs state that XCR0 cannot enable; XOP has names in common with others.
+    let encoding = form.instruction.encoding();
+    if !matches!(encoding, EncodingKind::Legacy | EncodingKind::VEX) {
+        return None;
     }
     integer::select(form)
         .or_else(|| control::select(form))
@@ -35,6 +36,7 @@ fn select(form: &Form) -> Option<Handler> {
         .or_else(|| shifts::select(form))
         .or_else(|| muldiv::select(form))
         .or_else(|| bits::select(form))
+        .or_else(|| decimal::select(form))
         .or_else(|| strings::select(form))
         .or_else(|| io::select(form))
         .or_else(|| segments::select(form))
@@ -54,9 +56,26 @@ fn select(form: &Form) -> Option<Handler> {
         .or_else(|| simd::select(form))
 }
 
-/// Whether the processor executes an instruction in code of 16, 32 or 64 bits at CPL 3, with SSE
-/// and AVX enabled. If not, running it ends in [`Exit::Unknown`].
-pub fn executes(instruction: &Instruction, bitness: u32) -> bool {
+/// Whether an instruction is an invalid opcode: it is none at all, or came with a feature that this
+/// processor does not have.
+fn is_undefined(form: &Form) -> bool {
+    let features = form.instruction.cpuid_features();
+    form.mnemonic == Mnemonic::INVALID || !features.iter().all(|&feature| features::has(feature))
+}
+
+/// What becomes of an instruction.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Support {
+    /// It is executed.
+    Executed,
+    /// It is an invalid opcode.
+    Undefined,
+    /// It should be executed and is not: running it ends in [`Exit::Unknown`].
+    Missing,
+}
+
+/// What becomes of an instruction in code of 16, 32 or 64 bits at CPL 3, with SSE and AVX enabled.
+pub fn support(instruction: &Instruction, bitness: u32) -> Support {
     let mode = Mode::default()
         .with(Mode::CODE64, bitness == 64)
         .with(Mode::CODE32, bitness == 32)
@@ -68,7 +87,12 @@ pub fn executes(instruction: &Instruction, bitness: u32) -> bool {
                 .with(Mode::PROTECTED, true),
             true,
         );
-    select(&Form::new(*instruction, mode)).is_some()
+    let form = Form::new(*instruction, mode);
+    match select(&form) {
+        Some(_) => Support::Executed,
+        None if is_undefined(&form) => Support::Undefined,
+        None => Support::Missing,
+    }
 }
 
 /// An encoding that no processor executes.
@@ -108,7 +132,11 @@ fn operation(form: &Form, ip: u64, bytes: &[u8]) -> Op {
     let mut op = form.operands(ip, unknown);
     io::note_port(form, &mut op);
     x87::note_opcode(form, bytes, &mut op);
-    op.run = select(form).unwrap_or(unknown);
+    op.run = match select(form) {
+        Some(handler) => handler,
+        None if is_undefined(form) => invalid,
+        None => unknown,
+    };
     op
 }
 

@@ -154,7 +154,16 @@ pub(crate) fn select(form: &Form) -> Option<Handler> {
             core.set_reg(RAX, value);
             Ok(())
         },
-        M::Nop | M::Endbr64 | M::Endbr32 | M::Pause => nop,
+        M::Nop | M::Pause => nop,
+        // Encodings that do nothing until a feature gives them a meaning.
+        M::Reservednop
+        | M::Endbr64
+        | M::Endbr32
+        | M::Rdsspd
+        | M::Rdsspq
+        | M::Cldemote
+        | M::Prefetchit0
+        | M::Prefetchit1 => nop,
         M::Prefetchnta
         | M::Prefetcht0
         | M::Prefetcht1

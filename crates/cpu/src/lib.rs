@@ -13,7 +13,7 @@
 //!
 //! Where things are: bytes become operations in `decode` (`form` looks at an instruction, `op` is
 //! what it becomes, `fuse` joins two) and are kept by `blocks`; `execute` runs them for `cpu`, the
-//! hypervisor's side. What an instruction computes is in `alu`, `shifts`, `muldiv`, `bits` and
+//! hypervisor's side. What an instruction computes is in `alu`, `shifts`, `muldiv`, `decimal`, `bits` and
 //! `simd` as functions over plain values; `integer`, `stack`, `control`, `strings` and `io` fetch
 //! their operands and store their results. `segments`, `far` and `events` know descriptors, far
 //! transfers, exceptions and interrupts; `gates` and `virtual8086` two chapters of them; `breakpoints` the debug registers; `control_registers`, `msr`, `tables`, `syscall`,
@@ -31,10 +31,12 @@ mod control_registers;
 mod core_state;
 mod cpu;
 pub mod cpuid;
+mod decimal;
 mod decode;
 mod events;
 mod execute;
 mod far;
+mod features;
 mod flags;
 mod form;
 mod fuse;
@@ -70,7 +72,7 @@ pub mod xsave;
 
 pub use barrier::{heavy_barrier, light_barrier};
 pub use cpu::Cpu;
-pub use decode::executes;
+pub use decode::{Support, support};
 pub use line::Line;
 pub use machine::{Machine, MachineConfig, SecondStageKind};
 pub use memory::access::fixup;

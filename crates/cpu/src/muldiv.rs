@@ -186,12 +186,18 @@ fn divide<T: Int, S: Read, const SIGNED: bool>(core: &mut Core, op: &Op) -> Resu
             set_pair(core, remainder, quotient);
             Ok(())
         }
-        None => Err(core.raise(Exception {
-            vector: vector::DE,
-            error_code: None,
-            payload: None,
-        })),
+        None => Err(divide_error(core)),
     }
+}
+
+/// #DE.
+#[cold]
+pub(crate) fn divide_error(core: &mut Core) -> Trap {
+    core.raise(Exception {
+        vector: vector::DE,
+        error_code: None,
+        payload: None,
+    })
 }
 
 #[cfg(test)]

@@ -23,13 +23,12 @@ impl Sources {
     }
 }
 
-/// The handler for an instruction of this subject. Where the host lacks it, it is an invalid
-/// opcode, as CPUID says.
+/// The handler for an instruction of this subject, if the host has it.
 pub(crate) fn select(form: &Form) -> Option<Handler> {
     let Sources { rdrand, rdseed } = Sources::detected();
     Some(match (form.mnemonic, form.width) {
-        (M::Rdrand, _) if !rdrand => crate::decode::invalid,
-        (M::Rdseed, _) if !rdseed => crate::decode::invalid,
+        (M::Rdrand, _) if !rdrand => return None,
+        (M::Rdseed, _) if !rdseed => return None,
         (M::Rdrand, 2) => |core, op| deliver::<u16>(core, op, random()),
         (M::Rdrand, 4) => |core, op| deliver::<u32>(core, op, random()),
         (M::Rdrand, _) => |core, op| deliver::<u64>(core, op, random()),

@@ -124,7 +124,7 @@ pub(crate) struct Host {
 
 impl Host {
     /// Whether an instruction that came with a feature may be executed.
-    fn offers(self, feature: CpuidFeature) -> bool {
+    pub(crate) fn offers(self, feature: CpuidFeature) -> bool {
         use CpuidFeature as F;
         match feature {
             F::MMX | F::SSE | F::SSE2 => true,

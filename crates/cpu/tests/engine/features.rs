@@ -221,3 +221,70 @@ fn mwait_goes_on_at_once_and_belongs_to_ring_0() {
     let mut guest = Guest::user(code);
     assert_eq!(fault(&mut guest).0, 6);
 }
+
+#[test]
+fn an_instruction_of_a_feature_that_is_not_there_is_an_invalid_opcode() {
+    for code in [
+        // vmxon [rax]; sha1msg1 xmm0,xmm0; xbegin; femms; vpaddd zmm0,zmm0,zmm0; clzero
+        &b"\xf3\x0f\xc7\x30"[..],
+        b"\x0f\x38\xc9\xc0",
+        b"\xc7\xf8\x00\x00\x00\x00",
+        b"\x0f\x0e",
+        b"\x62\xf1\x7d\x48\xfe\xc0",
+        b"\x0f\x01\xfc",
+    ] {
+        let mut guest = Guest::long(code);
+        assert_eq!(fault(&mut guest).0, 6, "{code:02x?}");
+    }
+    // What is reserved for hints does nothing: nop [rax]; rdsspq rax; cldemote [rax]; hlt
+    let mut guest = Guest::long(b"\x0f\x1a\x00\xf3\x48\x0f\x1e\xc8\x0f\x1c\x00\xf4");
+    guest.set(0x1000, |registers| registers.gpr[0] = 1 << 50);
+    assert_eq!(guest.cpu.run(), Exit::Halt);
+    assert_eq!((guest.cpu.registers().rip, guest.gpr(0)), (0x100c, 1 << 50));
+}
+
+#[test]
+fn mmx_follows_the_bits_that_switch_the_x87_unit_off() {
+    const EM: u64 = 1 << 2;
+    const TS: u64 = 1 << 3;
+    const OSFXSR: u64 = 1 << 9;
+    let paddb_mm0_mm1 = &b"\x0f\xfc\xc1\xf4"[..];
+    let movq2dq_xmm0_mm1 = &b"\xf3\x0f\xd6\xc1\xf4"[..];
+    // With an x87 exception waiting or not: the vector, or that it is executed.
+    for (code, em_ts, osfxsr, waits, vector) in [
+        (paddb_mm0_mm1, 0, 0, false, None),
+        (paddb_mm0_mm1, EM | TS, OSFXSR, true, Some(6)),
+        (paddb_mm0_mm1, TS, OSFXSR, true, Some(7)),
+        (paddb_mm0_mm1, 0, 0, true, Some(16)),
+        (movq2dq_xmm0_mm1, 0, OSFXSR, false, None),
+        (movq2dq_xmm0_mm1, EM, OSFXSR, false, Some(6)),
+        (movq2dq_xmm0_mm1, TS, OSFXSR, true, Some(7)),
+        (movq2dq_xmm0_mm1, 0, 0, false, Some(6)),
+        (movq2dq_xmm0_mm1, 0, OSFXSR, true, Some(16)),
+    ] {
+        let mut guest = Guest::long(code);
+        let mut system = guest.cpu.system_registers();
+        system.cr0 = system.cr0 & !(EM | TS) | em_ts;
+        system.cr4 = system.cr4 & !OSFXSR | osfxsr;
+        guest.cpu.set_system_registers(&system);
+        let mut fpu = guest.cpu.fpu();
+        // TOP is 3; with the mask of division by zero gone, its flag is one that waits.
+        fpu.fsw = 3 << 11;
+        if waits {
+            (fpu.fcw, fpu.fsw) = (fpu.fcw & !4, fpu.fsw | 0x8084);
+        }
+        guest.cpu.set_fpu(&fpu);
+        match vector {
+            Some(vector) => {
+                assert_eq!(fault(&mut guest).0, vector, "{code:02x?} {em_ts:#x}");
+                let after = guest.cpu.fpu();
+                assert_eq!((after.fsw, after.ftw), (fpu.fsw, fpu.ftw));
+            }
+            None => {
+                assert_eq!(guest.cpu.run(), Exit::Halt);
+                assert_eq!(guest.cpu.registers().rip, 0x1000 + code.len() as u64);
+                assert_eq!((guest.cpu.fpu().fsw, guest.cpu.fpu().ftw), (0, 0xff));
+            }
+        }
+    }
+}

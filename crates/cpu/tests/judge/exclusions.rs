@@ -39,6 +39,14 @@ pub fn excluded(code: Code) -> Option<&'static str> {
         }
         _ => {}
     }
+    if matches!(
+        code,
+        Code::Reservednop_rm16_r16_0F0D
+            | Code::Reservednop_rm32_r32_0F0D
+            | Code::Reservednop_rm64_r64_0F0D
+    ) {
+        return Some("does nothing on Intel's processors, and is an invalid opcode on AMD's");
+    }
     let segment = |operand| {
         use iced_x86::OpCodeOperandKind as K;
         let kind = op.try_op_kind(operand).unwrap_or(K::None);

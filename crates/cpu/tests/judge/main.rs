@@ -29,6 +29,7 @@ use sequences::Sequences;
 use state::{CODE, CODE_BYTES, Case, DATA_BYTES, Outcome};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use twofold_cpu::Support;
 
 /// Cases a form gets unless the environment says otherwise.
 const CASES: u64 = 400;
@@ -40,6 +41,11 @@ fn from_environment(name: &str, default: u64) -> u64 {
         .ok()
         .and_then(|value| value.parse().ok())
         .unwrap_or(default)
+}
+
+/// Whether Twofold executes an instruction.
+fn executes(instruction: &Instruction, bitness: u32) -> bool {
+    twofold_cpu::support(instruction, bitness) == Support::Executed
 }
 
 /// What was found.
@@ -132,7 +138,7 @@ fn judge_all(bitness: u32) -> Report {
                 .push(name);
             continue;
         };
-        if !twofold_cpu::executes(&sample, bitness) {
+        if !executes(&sample, bitness) {
             report.not_executed += 1;
             continue;
         }
@@ -156,9 +162,7 @@ fn judge_all(bitness: u32) -> Report {
             let Some((case, instruction)) = generator.case(code, &mut rng) else {
                 continue;
             };
-            if !verdict::is_defined(&case, &instruction)
-                || !twofold_cpu::executes(&instruction, bitness)
-            {
+            if !verdict::is_defined(&case, &instruction) || !executes(&instruction, bitness) {
                 continue;
             }
             report.cases += 1;
@@ -357,7 +361,7 @@ fn the_host_agrees_with_itself() {
                 let Some((case, instruction)) = generator.case(code, &mut rng) else {
                     continue;
                 };
-                if !twofold_cpu::executes(&instruction, bitness) {
+                if !executes(&instruction, bitness) {
                     continue;
                 }
                 forms += 1;

@@ -39,7 +39,7 @@ impl Sequences {
             }
             let sample = generator.case(code, &mut Rng::new(code as u64));
             let Some((_, sample)) = sample else { continue };
-            if !twofold_cpu::executes(&sample, bitness) {
+            if !crate::executes(&sample, bitness) {
                 continue;
             }
             if sample.is_jcc_short_or_near() {
@@ -126,7 +126,7 @@ impl Sequences {
             let (case, instruction) = self.generator.case(code, rng)?;
             let fits = self.is_plain(&instruction)
                 && verdict::is_defined(&case, &instruction)
-                && twofold_cpu::executes(&instruction, self.bitness);
+                && crate::executes(&instruction, self.bitness);
             fits.then_some((case, instruction))
         })
     }
