@@ -16,6 +16,7 @@ pub mod capability;
 pub mod cpuid;
 mod descriptor;
 mod dirty_log;
+mod eventfd;
 mod fd_table;
 mod fork;
 mod guest_memory;

@@ -4,7 +4,7 @@ use crate::bus::Buses;
 use crate::capability;
 use crate::fork;
 use crate::guest_memory::Reservation;
-use crate::irqchip::{Irqchip, Model, Timers};
+use crate::irqchip::{Controllers, Model, Timers};
 use crate::msr_filter::{MsrAccess, MsrFilter};
 use crate::nx_recovery::Worker;
 use crate::second_stage::{Kind, Tables};
@@ -69,7 +69,8 @@ pub struct Vm {
     /// Keeps the vCPUs' time stamp counters in step.
     tsc_sync: tsc::Sync,
     hypercall_exits: AtomicU32,
-    pub(crate) pit: AtomicBool,
+    /// The interrupt controllers beside the local APICs.
+    pub(crate) controllers: Controllers,
     /// The vCPUs once more, for those that have interrupts for them.
     pub(crate) members: RwLock<Vec<Arc<VcpuCore>>>,
     /// The PICs have an interrupt.
@@ -79,6 +80,8 @@ pub struct Vm {
     apic_cycle: AtomicU64,
     /// The program's formats have APIC ids of 32 bits.
     wide_apic_ids: AtomicBool,
+    /// A bus that names APIC 0xff does not mean everybody in x2APIC mode.
+    plain_broadcasts: AtomicBool,
     /// 0 for the host's rate.
     tsc_khz: AtomicU32,
     /// Nanoseconds to add to the time since `started`; wraps.
@@ -93,7 +96,6 @@ pub struct Vm {
 #[derive(Default)]
 pub(crate) struct Config {
     pub(crate) vcpus: Vec<Arc<VcpuCore>>,
-    pub(crate) irqchip: Irqchip,
     mmu_pages: u64,
     /// The limit of vCPU ids that the program set.
     max_vcpu_ids: Option<u32>,
@@ -131,12 +133,13 @@ impl Vm {
             hides_platform_info: AtomicBool::new(false),
             tsc_sync: tsc::Sync::default(),
             hypercall_exits: AtomicU32::new(0),
-            pit: AtomicBool::new(false),
+            controllers: Controllers::default(),
             members: RwLock::default(),
             pic_output: AtomicBool::new(false),
             timers: Timers::default(),
             apic_cycle: AtomicU64::new(1),
             wide_apic_ids: AtomicBool::new(false),
+            plain_broadcasts: AtomicBool::new(false),
             tsc_khz: AtomicU32::new(0),
             clock_offset: AtomicU64::new(0),
             nx_recovery: OnceLock::new(),
@@ -236,6 +239,24 @@ impl Vm {
     /// Nanoseconds of a cycle of the bus clock that the local APICs' timers count.
     pub(crate) fn apic_cycle(&self) -> u64 {
         self.apic_cycle.load(Ordering::Relaxed)
+    }
+
+    /// `KVM_CAP_X86_APIC_BUS_CYCLES_NS`: `ENXIO` without local APICs, `EINVAL` for no time at all or
+    /// one that makes the longest count too long, and once there are vCPUs.
+    fn set_apic_cycle(&self, nanoseconds: u64) -> Result<(), Errno> {
+        const LONGEST_COUNT: u64 = u32::MAX as u64 * 128;
+        if self.irqchip_model() == Model::None {
+            return Err(Errno::NXIO);
+        }
+        if nanoseconds == 0 || nanoseconds.checked_mul(LONGEST_COUNT).is_none() {
+            return Err(Errno::INVAL);
+        }
+        self.before_vcpus(|| self.apic_cycle.store(nanoseconds, Ordering::Relaxed))
+    }
+
+    /// Whether 0xff is the id of one APIC in x2APIC mode for buses too.
+    pub(crate) fn plain_broadcasts(&self) -> bool {
+        self.plain_broadcasts.load(Ordering::Relaxed)
     }
 
     /// Whether APIC ids have 32 bits in what the program and the kernel exchange.
@@ -563,7 +584,20 @@ impl Vm {
                 if argument > MAX_RESERVED_PINS {
                     return Err(Errno::INVAL);
                 }
-                self.create_irqchip_model(Model::Split)
+                self.create_split_irqchip(argument as u32)
+            }
+            kvm::KVM_CAP_X86_APIC_BUS_CYCLES_NS => self.set_apic_cycle(argument),
+            kvm::KVM_CAP_X2APIC_API => {
+                if argument & !u64::from(capability::X2APIC_FORMATS) != 0 {
+                    return Err(Errno::INVAL);
+                }
+                if argument & u64::from(kvm::KVM_X2APIC_API_USE_32BIT_IDS) != 0 {
+                    self.wide_apic_ids.store(true, Ordering::Relaxed);
+                }
+                if argument & u64::from(kvm::KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK) != 0 {
+                    self.plain_broadcasts.store(true, Ordering::Relaxed);
+                }
+                Ok(())
             }
             kvm::KVM_CAP_MAX_VCPU_ID => self.limit_vcpu_ids(argument),
             kvm::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 => self.set_manual_protect(argument),

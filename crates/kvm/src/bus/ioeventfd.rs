@@ -6,12 +6,11 @@
 //! address would answer the same write. Detaching one that is not there is `ENOENT`.
 
 use super::Space;
+use crate::eventfd::{EventFd, Identity};
 use kvm_bindings::{
     kvm_ioeventfd, kvm_ioeventfd_flag_nr_datamatch, kvm_ioeventfd_flag_nr_deassign,
     kvm_ioeventfd_flag_nr_fast_mmio, kvm_ioeventfd_flag_nr_pio,
 };
-use rustix::fd::{BorrowedFd, OwnedFd};
-use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 const DATAMATCH: u32 = 1 << kvm_ioeventfd_flag_nr_datamatch;
@@ -19,9 +18,6 @@ const PIO: u32 = 1 << kvm_ioeventfd_flag_nr_pio;
 const DEASSIGN: u32 = 1 << kvm_ioeventfd_flag_nr_deassign;
 /// The flags that a program may give: those below `KVM_IOEVENTFD_FLAG_FAST_MMIO`.
 const VALID: u32 = (1 << kvm_ioeventfd_flag_nr_fast_mmio) - 1;
-
-/// Our duplicates of the program's eventfds start at this number, out of its way.
-const FIRST_DESCRIPTOR: i32 = 500;
 
 pub(super) fn is_deassign(request: &kvm_ioeventfd) -> bool {
     request.flags & DEASSIGN != 0
@@ -42,13 +38,8 @@ pub(super) struct IoEvent {
     /// Bytes; 0 matches a write of any size.
     length: u32,
     datamatch: Option<u64>,
-    eventfd: OwnedFd,
-    identity: Identity,
+    eventfd: EventFd,
 }
-
-/// Which eventfd a descriptor is, however many descriptors it has.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct Identity(u64);
 
 impl IoEvent {
     pub(super) fn from_user(request: &kvm_ioeventfd) -> Result<(Space, Self), Errno> {
@@ -65,14 +56,12 @@ impl IoEvent {
         if request.len == 0 && datamatch.is_some() {
             return Err(Errno::INVAL);
         }
-        let identity = identity(request.fd)?;
-        let eventfd = rustix::io::fcntl_dupfd_cloexec(borrow(request.fd)?, FIRST_DESCRIPTOR)?;
+        let eventfd = EventFd::from_user(request.fd)?;
         let event = Self {
             address: request.addr,
             length: request.len,
             datamatch,
             eventfd,
-            identity,
         };
         Ok((space(request), event))
     }
@@ -89,9 +78,9 @@ impl IoEvent {
     }
 
     /// Whether this is the one that a program wants to detach.
-    pub(super) fn is(&self, request: &kvm_ioeventfd, identity: &Identity) -> bool {
+    pub(super) fn is(&self, request: &kvm_ioeventfd, identity: Identity) -> bool {
         let datamatch = (request.flags & DATAMATCH != 0).then_some(request.datamatch);
-        self.identity == *identity
+        self.eventfd.identity() == identity
             && self.address == request.addr
             && self.length == request.len
             && self.datamatch == datamatch
@@ -115,47 +104,18 @@ impl IoEvent {
                 return false;
             }
         }
-        if let Err(error) = rustix::io::write(&self.eventfd, &1_u64.to_ne_bytes())
-            && error != Errno::AGAIN
-        {
+        if let Err(error) = self.eventfd.signal() {
             tracing::warn!(%error, address = format_args!("{address:#x}"), "ioeventfd is lost");
         }
         true
     }
 }
 
-fn borrow<'a>(fd: i32) -> Result<BorrowedFd<'a>, Errno> {
-    if fd < 0 {
-        return Err(Errno::BADF);
-    }
-    // UNSAFETY: borrows a number that the program calls a descriptor.
-    #[expect(unsafe_code)]
-    // SAFETY: it is only handed to system calls, which answer EBADF if it is none.
-    Ok(unsafe { BorrowedFd::borrow_raw(fd) })
-}
-
-/// Which eventfd `fd` is: `EBADF` if it is not open, `EINVAL` if it is something else.
-pub(super) fn identity(fd: i32) -> Result<Identity, Errno> {
-    rustix::io::fcntl_getfd(borrow(fd)?)?;
-    let info = rustix::fs::open(
-        format!("/proc/self/fdinfo/{fd}"),
-        OFlags::RDONLY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )?;
-    let mut text = [0; 1024];
-    let length = rustix::io::read(&info, &mut text)?;
-    let text = String::from_utf8_lossy(&text[..length]);
-    text.lines()
-        .find_map(|line| line.strip_prefix("eventfd-id:"))
-        .and_then(|number| number.trim().parse().ok())
-        .map(Identity)
-        .ok_or(Errno::INVAL)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use rustix::event::{EventfdFlags, eventfd};
+    use rustix::fd::OwnedFd;
     use std::os::fd::AsRawFd;
 
     fn request(fd: &OwnedFd, length: u32, datamatch: Option<u64>) -> kvm_ioeventfd {
@@ -211,14 +171,5 @@ mod tests {
         );
         let file = crate::shared::memfd("not-an-eventfd", 0).unwrap();
         assert_eq!(error(request(&file, 4, None)), Errno::INVAL);
-    }
-
-    #[test]
-    fn descriptors_of_one_eventfd_are_the_same_eventfd() {
-        let fd = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
-        let other = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
-        let copy = rustix::io::dup(&fd).unwrap();
-        assert_eq!(identity(fd.as_raw_fd()), identity(copy.as_raw_fd()));
-        assert_ne!(identity(fd.as_raw_fd()), identity(other.as_raw_fd()));
     }
 }

@@ -5,6 +5,7 @@
 mod coalesced;
 mod ioeventfd;
 
+use crate::eventfd::identity;
 use crate::sync::{Mutex, RwLock};
 use coalesced::{Ring, Zone};
 use ioeventfd::IoEvent;
@@ -126,12 +127,12 @@ impl Buses {
 
     fn remove_event(&self, request: &kvm_ioeventfd) -> Result<(), Errno> {
         let space = ioeventfd::space(request);
-        let wanted = ioeventfd::identity(request.fd)?;
+        let wanted = identity(request.fd)?;
         let mut devices = self.devices.write();
         let found = devices
             .iter()
             .position(|(device_space, device)| match device {
-                Device::Event(event) => *device_space == space && event.is(request, &wanted),
+                Device::Event(event) => *device_space == space && event.is(request, wanted),
                 Device::Zone(_) => false,
             });
         devices.remove(found.ok_or(Errno::NOENT)?);

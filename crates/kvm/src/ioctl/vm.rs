@@ -9,9 +9,9 @@ use crate::stats_file::StatsFile;
 use crate::usercopy::{Plain, read, read_slice, write, write_slice};
 use crate::vm::Vm;
 use kvm_bindings::{
-    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_clear_dirty_log, kvm_create_guest_memfd,
-    kvm_dirty_log, kvm_irq_level, kvm_irq_routing_entry, kvm_irqchip, kvm_msi, kvm_msr_filter,
-    kvm_msr_filter_range, kvm_pit_config, kvm_userspace_memory_region,
+    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_clear_dirty_log,
+    kvm_create_guest_memfd, kvm_dirty_log, kvm_irq_level, kvm_irq_routing_entry, kvm_irqchip,
+    kvm_msr_filter, kvm_msr_filter_range, kvm_pit_config, kvm_userspace_memory_region,
     kvm_userspace_memory_region2,
 };
 use rustix::io::Errno;
@@ -55,30 +55,31 @@ pub(super) fn ioctl(vm: &Arc<Vm>, request: u64, argument: usize) -> Reply {
             reply(argument, vm.get_irqchip(chip.chip_id))
         }
         KVM_SET_IRQCHIP => done(vm.set_irqchip(&read(argument)?)),
-        KVM_CREATE_PIT => done(vm.create_pit()),
+        KVM_CREATE_PIT => done(vm.create_pit(&kvm_pit_config {
+            flags: KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        })),
         KVM_CREATE_PIT2 => {
-            let _: kvm_pit_config = read(argument)?;
-            done(vm.create_pit())
+            let config: kvm_pit_config = read(argument)?;
+            done(vm.create_pit(&config))
         }
         KVM_GET_PIT2 => reply(argument, vm.get_pit()),
         KVM_SET_PIT2 => done(vm.set_pit(&read(argument)?)),
         KVM_IRQ_LINE | KVM_IRQ_LINE_STATUS => {
-            let line: kvm_irq_level = read(argument)?;
+            let mut line: kvm_irq_level = read(argument)?;
             // UNSAFETY: reads a union.
             #[expect(unsafe_code)]
             // SAFETY: both members are the same integer.
             let irq = unsafe { line.__bindgen_anon_1.irq };
-            vm.irq_line(irq, line.level != 0)?;
+            let status = vm.irq_line(irq, line.level != 0)?;
             if request == KVM_IRQ_LINE_STATUS {
+                line.__bindgen_anon_1.status = status;
                 write(argument, &line)?;
             }
             Ok(0)
         }
         KVM_SET_GSI_ROUTING => set_gsi_routing(vm, argument),
-        KVM_SIGNAL_MSI => {
-            let _: kvm_msi = read(argument)?;
-            Err(Errno::INVAL)
-        }
+        KVM_SIGNAL_MSI => vm.signal_msi(&read(argument)?),
         KVM_IRQFD => done(vm.irqfd(&read(argument)?)),
         KVM_IOEVENTFD => done(vm.ioeventfd(&read(argument)?)),
         KVM_REGISTER_COALESCED_MMIO => done(vm.register_coalesced_mmio(&read(argument)?)),
@@ -205,8 +206,8 @@ fn read_msr_filter(argument: usize) -> Result<kvm_msr_filter, Errno> {
 
 fn set_gsi_routing(vm: &Vm, argument: usize) -> Reply {
     let [routes, flags]: [u32; 2] = read(argument)?;
-    vm.set_gsi_routing(routes, flags)?;
+    vm.check_gsi_routing(routes, flags)?;
     let entries = argument.checked_add(8).ok_or(Errno::FAULT)?;
-    let _: Vec<kvm_irq_routing_entry> = read_slice(entries, routes as usize)?;
-    Ok(0)
+    let entries: Vec<kvm_irq_routing_entry> = read_slice(entries, routes as usize)?;
+    done(vm.set_gsi_routing(&entries))
 }

@@ -117,8 +117,8 @@ impl Address {
 }
 
 impl Message {
-    /// Whether the message is for an APIC; `own` if that is its sender, and `from_bus` if no APIC
-    /// sent it.
+    /// Whether the message is for an APIC; `own` if that is its sender, and `from_bus` if it comes in
+    /// the old format of a bus.
     fn is_for(&self, address: &Address, own: bool, from_bus: bool) -> bool {
         // In the old format a bus has no other way of naming everybody.
         let wide = |id: u32| match id {
@@ -173,15 +173,15 @@ impl Vm {
     /// one did, and it is that vCPU's own thread that asks. How many took it.
     pub(crate) fn deliver(&self, message: &Message, source: Option<&VcpuCore>) -> u32 {
         let members = self.members.read();
+        let widens = source.is_none() && !self.plain_broadcasts();
         let is_own = |core: &Arc<VcpuCore>| {
             source.is_some_and(|source| std::ptr::eq(source, Arc::as_ptr(core)))
         };
         let mut receivers = members.iter().filter_map(|core| {
             let address = core.inbox.address();
             let own = is_own(core);
-            (address.mode.contains(AddressMode::PRESENT)
-                && message.is_for(&address, own, source.is_none()))
-            .then_some((core, address, own))
+            (address.mode.contains(AddressMode::PRESENT) && message.is_for(&address, own, widens))
+                .then_some((core, address, own))
         });
         if message.delivery != Delivery::LowestPriority {
             return receivers

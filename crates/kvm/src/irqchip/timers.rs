@@ -115,7 +115,7 @@ impl Vm {
     /// Does what is due. When something is due next, or [`NEVER`].
     fn serve_timers(&self) -> u64 {
         let now = now();
-        let mut next = NEVER;
+        let mut next = self.serve_pit(now).unwrap_or(NEVER);
         for core in self.members.read().iter() {
             let at = core.inbox.alarm();
             if at > now {

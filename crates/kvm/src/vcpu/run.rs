@@ -377,6 +377,10 @@ impl Vcpu {
         count: u32,
     ) -> Next {
         self.core.counters.io_exits.increment();
+        if self.vm.controller_owns_port(port) {
+            self.access_controller_port(state, port, size, write, count);
+            return Next::Enter;
+        }
         let page = &self.core.run;
         if write {
             let data = state.cpu.io_data();
@@ -391,6 +395,30 @@ impl Vcpu {
         }
         page.set_io(write, size, port, count);
         Next::Return(kvm_bindings::KVM_EXIT_IO)
+    }
+
+    /// The port belongs to an interrupt controller or the interval timer of ours, which has bytes only.
+    fn access_controller_port(
+        &self,
+        state: &mut VcpuState,
+        port: u16,
+        size: u8,
+        write: bool,
+        count: u32,
+    ) {
+        let item = usize::from(size.max(1));
+        if write {
+            for item in state.cpu.io_data().chunks_exact(item) {
+                self.vm.write_controller_port(port, item[0]);
+            }
+            return;
+        }
+        let mut data = [0; PIO_DATA_SIZE];
+        let length = (item * count as usize).min(PIO_DATA_SIZE);
+        for item in data[..length].chunks_exact_mut(item) {
+            item[0] = self.vm.read_controller_port(port);
+        }
+        state.cpu.complete_io_in(&data[..length]);
     }
 
     /// Offers port output to the devices. Whether one took the first item; the others then do not
@@ -444,6 +472,10 @@ impl Vcpu {
             data[..4].copy_from_slice(&lapic.read_memory(offset, length, state.cpu.cr8()));
             return Some(data);
         }
+        if self.vm.ioapic_owns(address) {
+            data[..4].copy_from_slice(&self.vm.read_ioapic(address).to_le_bytes());
+            return Some(data);
+        }
         None
     }
 
@@ -454,6 +486,13 @@ impl Vcpu {
         if lapic.owns(address) {
             let effect = lapic.write_memory((address & 0xfff) as usize, data, cpu);
             self.carry_out(state, effect);
+            return true;
+        }
+        if self.vm.ioapic_owns(address) {
+            let mut word = [0; 4];
+            let length = data.len().min(4);
+            word[..length].copy_from_slice(&data[..length]);
+            self.vm.write_ioapic(address, u32::from_le_bytes(word));
             return true;
         }
         false
