@@ -7,6 +7,7 @@ mod exits;
 mod features;
 mod guest;
 mod modes;
+mod smp;
 mod sub_pages;
 #[path = "../support/mod.rs"]
 mod support;

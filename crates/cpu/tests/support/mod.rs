@@ -98,7 +98,12 @@ impl Arena {
             hpa_offset: (self.start as usize).wrapping_sub(HPA as usize),
             ..MachineConfig::default()
         });
-        let mut cpu = Cpu::new(Arc::clone(&machine), 0);
+        self.another_processor(&machine, 0)
+    }
+
+    /// A processor of the machine of one from [`Arena::processor`].
+    pub(crate) fn another_processor(&self, machine: &Arc<Machine>, index: u32) -> Cpu {
+        let mut cpu = Cpu::new(Arc::clone(machine), index);
         let pointer = Eptp::new(Hpa::new(self.tables()), Level::L512G, true);
         cpu.set_second_stage(SecondStage::Ept(pointer));
         cpu
@@ -109,6 +114,12 @@ impl Arena {
         let entry = (HPA + (frame << 12)) | 7 | 6 << 3;
         let place = self.bytes + 0x3000 + frame as usize * 8;
         self.put(place, if present { entry } else { 0 });
+    }
+
+    /// Maps a frame of the guest to the memory of another one. Not for large pages.
+    pub(crate) fn alias(&mut self, frame: u64, other: u64) {
+        let entry = (HPA + (other << 12)) | 7 | 6 << 3;
+        self.put(self.bytes + 0x3000 + frame as usize * 8, entry);
     }
 
     /// Gives a frame's entry in the second stage these flags, instead of R, W and X. Not for large
