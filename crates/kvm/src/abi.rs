@@ -209,6 +209,24 @@ pub fn interrupt_current_run() -> bool {
     vcpu::interrupt_current_run()
 }
 
+/// Says that `thread` may be cancelled at any moment, or no longer: its `KVM_RUN` can then be ended
+/// by [`interrupt_run_of`]. Called by the thread itself.
+pub fn set_cancellable(thread: usize, on: bool) {
+    vcpu::set_cancellable(thread, on);
+}
+
+/// Whether this thread has said so: one load.
+#[inline]
+pub fn is_cancellable() -> bool {
+    vcpu::is_cancellable()
+}
+
+/// `thread` is cancelled: its `KVM_RUN`, the present one or the next, returns `EINTR` soon if it
+/// [may be](set_cancellable).
+pub fn interrupt_run_of(thread: usize) {
+    vcpu::interrupt_run_of(thread);
+}
+
 /// Where to go on after a SIGSEGV or SIGBUS at instruction `rip` that was an access to guest
 /// memory. Async-signal-safe.
 pub fn in_guest_access_fixup(rip: usize, _address: usize) -> Option<usize> {

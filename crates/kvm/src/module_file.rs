@@ -71,6 +71,8 @@ static INTEL: &[(&str, Text)] = &[
 static AMD: &[(&str, Text)] = &[
     ("/sys/module/kvm_amd/parameters/npt", Fixed("Y\n")),
     ("/sys/module/kvm_amd/parameters/nested", Fixed("0\n")),
+    // Local APICs are not virtualised by a processor, with its faults.
+    ("/sys/module/kvm_amd/parameters/avic", Fixed("N\n")),
 ];
 
 /// The content of a module file that programs read, or `None` for any other path.

@@ -14,11 +14,13 @@
 //! | `memory` | `mmap`, `munmap`, `madvise`, `ftruncate` and what else changes memory |
 //! | `handlers` | `sigaction`, `signal`: handlers wait until `KVM_RUN` has returned (`signals`) |
 //! | `faults` | SIGSEGV and SIGBUS: those of guest accesses end in an error, not in a signal |
+//! | `cancellation` | `pthread_cancel`, `pthread_setcanceltype`: a thread is not cancelled within `KVM_RUN` |
 //! | `inline` | `syscall`, for all of the above |
 //!
 //! Calls that libc makes within itself, and system calls that a program makes without libc, are
 //! not seen.
 
+mod cancellation;
 mod control;
 mod descriptors;
 mod faults;

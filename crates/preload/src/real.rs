@@ -34,7 +34,7 @@ impl Real {
 
     /// Its address; null if no library has it.
     #[inline]
-    fn address(&self) -> *mut c_void {
+    pub(crate) fn address(&self) -> *mut c_void {
         let address = self.address.load(Ordering::Relaxed);
         if address.is_null() {
             self.look_up()
@@ -52,6 +52,9 @@ impl Real {
         address
     }
 }
+
+/// It may unwind, which no function declared below may.
+pub(crate) static PTHREAD_SETCANCELTYPE: Real = Real::new(c"pthread_setcanceltype");
 
 /// Declares the functions, and for each a Rust function of that name which calls the real one, or
 /// fails with `ENOSYS` (as the given value) where libc does not have it.
@@ -74,6 +77,7 @@ macro_rules! real {
         /// Looks all of them up.
         pub(crate) fn look_up_all() {
             $(table::$name.address();)*
+            PTHREAD_SETCANCELTYPE.address();
         }
 
         $(
@@ -186,6 +190,7 @@ real! {
     fn pthread_sigmask(
         how: c_int, new: *const sigset_t, old: *mut sigset_t,
     ) -> c_int, else libc::ENOSYS;
+    fn pthread_cancel(thread: libc::pthread_t) -> c_int, else libc::ENOSYS;
     fn sigignore(signal: c_int) -> c_int, else -1;
     fn siginterrupt(signal: c_int, interrupt: c_int) -> c_int, else -1;
 }

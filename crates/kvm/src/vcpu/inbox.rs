@@ -170,7 +170,7 @@ impl Inbox {
     }
 
     /// Wakes the vCPU's thread if it sleeps.
-    fn ring(&self) {
+    pub(super) fn ring(&self) {
         self.bell.fetch_add(1, Ordering::SeqCst);
         if self.sleeping.load(Ordering::SeqCst) {
             // It fails only for memory that is not there.

@@ -1,5 +1,6 @@
 //! A virtual processor: `KVM_CREATE_VCPU` and the ioctls on its descriptor.
 
+mod cancellation;
 mod counters;
 mod events;
 mod exit;
@@ -27,6 +28,7 @@ mod write_log;
 pub use run_page::VCPU_MMAP_SIZE;
 pub use signal::{RunSignals, register_run_signals};
 
+pub(crate) use cancellation::{interrupt_run_of, is_cancellable, set_cancellable};
 pub(crate) use counters::Counters;
 pub(crate) use fpu::XSAVE_WORDS;
 pub(crate) use inbox::{Ask, NEVER};

@@ -5,6 +5,7 @@
 //! program's own handler run, as with the kernel's.
 
 use super::VcpuCore;
+use super::cancellation::CancellableRun;
 use std::cell::Cell;
 use std::ptr;
 use std::sync::OnceLock;
@@ -59,6 +60,8 @@ pub(crate) fn interrupt_current_run() -> bool {
 pub(super) struct Running<'a> {
     core: &'a VcpuCore,
     masked: Option<&'static dyn RunSignals>,
+    /// Ends the run when the thread is cancelled.
+    _cancellable: Option<CancellableRun>,
 }
 
 impl<'a> Running<'a> {
@@ -66,6 +69,7 @@ impl<'a> Running<'a> {
     pub(super) fn start(core: &'a VcpuCore, mask: Option<u64>) -> Self {
         CURRENT.set(core);
         compiler_fence(Ordering::SeqCst);
+        let cancellable = CancellableRun::begin(core);
         let masked = mask.and_then(|mask| {
             let signals = *RUN_SIGNALS.get()?;
             signals.enter(mask);
@@ -75,7 +79,11 @@ impl<'a> Running<'a> {
             }
             Some(signals)
         });
-        Self { core, masked }
+        Self {
+            core,
+            masked,
+            _cancellable: cancellable,
+        }
     }
 }
 
