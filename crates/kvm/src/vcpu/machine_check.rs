@@ -14,12 +14,15 @@ const IA32_MCG_CAP: u32 = 0x179;
 pub(super) const IA32_MCG_STATUS: u32 = 0x17a;
 pub(super) const IA32_MCG_CTL: u32 = 0x17b;
 const IA32_MC0_CTL: u32 = 0x400;
+/// One for each bank: when corrected errors interrupt.
+const IA32_MC0_CTL2: u32 = 0x280;
 /// Banks that a processor has at most (`KVM_MAX_MCE_BANKS`).
 pub(crate) const MAX_BANKS: u32 = 32;
 const REGISTERS: u32 = 4;
 const LAST: u32 = IA32_MC0_CTL + REGISTERS * MAX_BANKS - 1;
 const GLOBAL: RangeInclusive<u32> = IA32_MCG_CAP..=IA32_MCG_CTL;
 const BANKS: RangeInclusive<u32> = IA32_MC0_CTL..=LAST;
+const SIGNALS: RangeInclusive<u32> = IA32_MC0_CTL2..=IA32_MC0_CTL2 + MAX_BANKS - 1;
 
 /// Registers of a bank, by their order.
 const CTL: usize = 0;
@@ -32,6 +35,8 @@ mod capability {
     pub(super) const COUNT: u64 = 0xff;
     /// There is IA32_MCG_CTL.
     pub(super) const CONTROL: u64 = 1 << 8;
+    /// Corrected errors interrupt through the local APIC.
+    pub(super) const SIGNAL: u64 = 1 << 10;
     /// How many extended registers there are.
     pub(super) const EXTENDED_COUNT: u64 = 0xff << 16;
     /// Software can recover from some errors.
@@ -43,6 +48,15 @@ mod status {
     pub(super) const VALID: u64 = 1 << 63;
     pub(super) const OVERFLOW: u64 = 1 << 62;
     pub(super) const UNCORRECTED: u64 = 1 << 61;
+    /// The context is corrupt, the error was signalled by #MC, software has to act: none of it for an
+    /// error that may wait.
+    pub(super) const URGENT: u64 = 1 << 57 | 1 << 56 | 1 << 55;
+}
+
+/// Fields of a bank's control of interrupts: whether it interrupts, and after how many errors.
+mod signal {
+    pub(super) const ENABLED: u64 = 1 << 30;
+    pub(super) const THRESHOLD: u64 = 0x7fff;
 }
 
 /// A machine check is being handled.
@@ -50,7 +64,8 @@ const IN_PROGRESS: u64 = 1 << 2;
 
 /// What `KVM_X86_GET_MCE_CAP_SUPPORTED` answers: the bits of IA32_MCG_CAP that a program may ask
 /// for besides counts.
-pub(crate) const SUPPORTED: u64 = capability::CONTROL | capability::RECOVERY;
+pub(crate) const SUPPORTED: u64 =
+    capability::CONTROL | capability::RECOVERY | capability::SIGNAL;
 
 /// The machine-check registers of a vCPU.
 #[derive(Clone, Debug)]
@@ -59,6 +74,7 @@ pub(super) struct MachineCheck {
     status: u64,
     control: u64,
     banks: [[u64; REGISTERS as usize]; MAX_BANKS as usize],
+    signals: [u64; MAX_BANKS as usize],
 }
 
 impl Default for MachineCheck {
@@ -68,6 +84,7 @@ impl Default for MachineCheck {
             status: 0,
             control: 0,
             banks: [[0; REGISTERS as usize]; MAX_BANKS as usize],
+            signals: [0; MAX_BANKS as usize],
         }
     }
 }
@@ -75,11 +92,33 @@ impl Default for MachineCheck {
 impl MachineCheck {
     /// Whether a register is one of these.
     pub(super) fn owns(index: u32) -> bool {
-        GLOBAL.contains(&index) || BANKS.contains(&index)
+        GLOBAL.contains(&index) || BANKS.contains(&index) || SIGNALS.contains(&index)
     }
 
     fn has_control(&self) -> bool {
         self.capability & capability::CONTROL != 0
+    }
+
+    /// Whether there is a local vector for corrected errors.
+    fn has_signal(&self) -> bool {
+        self.capability & capability::SIGNAL != 0
+    }
+
+    /// The bank whose control of interrupts a register is, if the bank is there.
+    fn signal_bank(&self, index: u32) -> Option<usize> {
+        let bank = index.checked_sub(IA32_MC0_CTL2)?;
+        (u64::from(bank) < self.capability & capability::COUNT).then_some(bank as usize)
+    }
+
+    /// Sets a bank's control of interrupts; whether it takes the value.
+    fn write_signal(&mut self, index: u32, value: u64, from_guest: bool) -> bool {
+        let known = signal::ENABLED | signal::THRESHOLD;
+        if !self.has_signal() && (value != 0 || from_guest) || value & !known != 0 {
+            return false;
+        }
+        let bank = self.signal_bank(index);
+        let place = bank.and_then(|bank| self.signals.get_mut(bank));
+        place.map(|place| *place = value).is_some()
     }
 
     /// Bank and register, if the bank is there.
@@ -96,6 +135,9 @@ impl MachineCheck {
             IA32_MCG_CAP => Some(self.capability),
             IA32_MCG_STATUS => Some(self.status),
             IA32_MCG_CTL => (self.has_control() || !from_guest).then_some(self.control),
+            _ if SIGNALS.contains(&index) => {
+                self.signals.get(self.signal_bank(index)?).copied()
+            }
             _ => {
                 let (bank, register) = self.place(index)?;
                 Some(self.banks.get(bank)?[register])
@@ -114,6 +156,7 @@ impl MachineCheck {
     ) -> bool {
         match index {
             IA32_MCG_CAP => return false,
+            _ if SIGNALS.contains(&index) => return self.write_signal(index, value, from_guest),
             IA32_MCG_STATUS => self.status = value,
             IA32_MCG_CTL => {
                 let hidden = !self.has_control() && (value != 0 || from_guest);
@@ -159,6 +202,7 @@ impl MachineCheck {
         for bank in self.banks.iter_mut().take(count as usize) {
             bank[CTL] = u64::MAX;
         }
+        self.signals = [0; MAX_BANKS as usize];
         Ok(())
     }
 
@@ -173,6 +217,20 @@ impl MachineCheck {
             .banks
             .get_mut(usize::from(error.bank))
             .ok_or(Errno::INVAL)?;
+        if error.mcg_status == 0 && error.status & status::URGENT == 0 {
+            // Nobody has consumed what is wrong: it is on record, and may interrupt.
+            bank[STATUS] = error.status;
+            bank[ADDR] = error.addr;
+            bank[MISC] = error.misc;
+            self.status = 0;
+            let enabled = self.signals.get(usize::from(error.bank));
+            let enabled = enabled.is_some_and(|control| control & signal::ENABLED != 0);
+            return Ok(if self.has_signal() && enabled {
+                Consequence::Interrupt
+            } else {
+                Consequence::None
+            });
+        }
         let uncorrected = error.status & status::UNCORRECTED != 0;
         let silenced = has_control && control != u64::MAX || bank[CTL] != u64::MAX;
         if uncorrected && silenced {
@@ -203,6 +261,8 @@ impl MachineCheck {
 enum Consequence {
     /// It is on record.
     None,
+    /// The local APIC's vector for corrected errors.
+    Interrupt,
     /// #MC
     Exception,
     /// There is no handler that could deal with it.
@@ -215,7 +275,13 @@ impl Vcpu {
     /// # Errors
     /// `EINVAL` for no bank or more than 32, and for what is not supported.
     pub fn set_up_machine_check(&self, capability: u64) -> Result<(), Errno> {
-        self.state().machine_check.set_up(capability)
+        let mut state = self.state();
+        state.machine_check.set_up(capability)?;
+        let has_signal = state.machine_check.has_signal();
+        if let Some(lapic) = &mut state.lapic {
+            lapic.set_machine_checks(has_signal);
+        }
+        Ok(())
     }
 
     /// `KVM_X86_SET_MCE`: reports an error to the guest.
@@ -232,6 +298,11 @@ impl VcpuState {
         let enabled = self.cpu.system_registers().cr4 & cr4::MCE != 0;
         match self.machine_check.report(error, enabled)? {
             Consequence::None => {}
+            Consequence::Interrupt => {
+                if let Some(lapic) = &mut self.lapic {
+                    lapic.signal_machine_check();
+                }
+            }
             Consequence::Exception => {
                 self.cpu.queue_exception(Exception {
                     vector: vector::MC,
@@ -318,6 +389,24 @@ mod tests {
         let missing = registers.report(&error(10, UNCORRECTED), true);
         assert_eq!(missing, Err(Errno::INVAL));
         assert_eq!(registers.report(&error(1, 0), true), Err(Errno::INVAL));
+    }
+
+    #[test]
+    fn an_error_that_may_wait_interrupts_if_its_bank_is_told_to() {
+        let mut registers = MachineCheck::default();
+        assert!(!registers.write(IA32_MC0_CTL2, 0, true, false), "not there");
+        registers.set_up(capability::SIGNAL | 10).unwrap();
+        let waits = kvm_x86_mce {
+            mcg_status: 0,
+            ..error(7, UNCORRECTED)
+        };
+        assert_eq!(registers.report(&waits, true), Ok(Consequence::None));
+        let control = IA32_MC0_CTL2 + 7;
+        assert!(!registers.write(control, 1 << 29, true, false));
+        assert!(registers.write(control, signal::ENABLED | 1, true, false));
+        assert_eq!(registers.read(control, true), Some(signal::ENABLED | 1));
+        assert_eq!(registers.read(IA32_MC0_CTL2 + 10, true), None);
+        assert_eq!(registers.report(&waits, true), Ok(Consequence::Interrupt));
     }
 
     #[test]
