@@ -115,6 +115,8 @@ pub struct Case {
     pub code: Vec<u8>,
     /// Arithmetic flags that are undefined at the end.
     pub undefined: u64,
+    /// How our processor leaves, if it does so without an exception and is right to.
+    pub leaves: Option<&'static str>,
     /// A register whose value is undefined at the end, by its number.
     pub undefined_register: Option<usize>,
 }
@@ -148,6 +150,7 @@ impl Case {
             bitness,
             code: Vec::new(),
             undefined: 0,
+            leaves: None,
             undefined_register: None,
         }
         .with_stack(0x8100)

@@ -25,7 +25,7 @@ mod header {
 /// Bytes of addresses at the driver's end.
 const ADDRESSES: usize = 20;
 /// Bytes of a case before its patches.
-const CONTEXT_BYTES: usize = 236;
+pub const CONTEXT_BYTES: usize = 236;
 /// Bytes of a record before its list of changes.
 const RECORD_BYTES: usize = 280;
 /// Bytes of the stack in a record.

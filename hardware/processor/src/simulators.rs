@@ -6,8 +6,11 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-/// Seconds after which a simulator is stopped.
+/// Seconds after which Bochs is stopped, for a whole image.
 const SECONDS: &str = "300";
+/// The same for QEMU, which is only asked what it makes of a difference: what it left until then
+/// counts.
+const QEMU_SECONDS: &str = "20";
 
 /// Runs the image on Bochs, which finds `rom` at the reset vector.
 ///
@@ -55,6 +58,16 @@ pub fn bochs(image: &[u8], rom: &Path, configuration: &Path, work: &Path) -> Res
     })
 }
 
+/// The number of the last case that Bochs began when it ran an image that tells.
+pub fn last_told(work: &Path) -> Option<usize> {
+    let output = fs::read(work.join("bochs.out")).ok()?;
+    String::from_utf8_lossy(&output)
+        .lines()
+        .filter(|line| line.len() == 8)
+        .filter_map(|line| usize::from_str_radix(line, 16).ok())
+        .next_back()
+}
+
 /// Runs the image on QEMU's own processor.
 ///
 /// # Errors
@@ -66,7 +79,7 @@ pub fn qemu(image: &[u8], work: &Path) -> Result<Vec<u8>> {
     let _ = fs::remove_file(&memory);
     let size = image::MEMORY >> 20;
     let output = Command::new("timeout")
-        .args([SECONDS, "qemu-system-x86_64"])
+        .args([QEMU_SECONDS, "qemu-system-x86_64"])
         .args(["-machine", "pc,memory-backend=memory", "-accel", "tcg"])
         .args(["-cpu", "max", "-display", "none", "-nodefaults"])
         .args(["-no-reboot", "-debugcon", "stdio"])
