@@ -6,7 +6,7 @@ use crate::form::{Form, Kind};
 use crate::mode::Mode;
 use crate::op::{Handler, Mem, Op, Place, Read, Segmented};
 use crate::state::{cr0, cr4, efer};
-use crate::trap::Trap;
+use crate::trap::{Exit, Trap};
 use iced_x86::Mnemonic as M;
 
 /// The handler for an instruction of this subject.
@@ -227,8 +227,12 @@ fn write_control(core: &mut Core, op: &Op) -> Result<(), Trap> {
         4 => core.write_cr4(value),
         8 if value > 15 => Err(core.general_protection(0)),
         8 => {
+            let lowered = value < core.cr8;
             core.cr8 = value;
             core.attention = true;
+            if lowered && core.cr8_leaves {
+                return Err(core.leave(Exit::TaskPriority));
+            }
             Ok(())
         }
         _ => Err(core.invalid_opcode()),

@@ -141,6 +141,8 @@ pub(crate) struct Core {
     pub(crate) cr4: u64,
     /// CR8.
     pub(crate) cr8: u64,
+    /// Lowering CR8 leaves with [`Exit::TaskPriority`].
+    pub(crate) cr8_leaves: bool,
     /// IA32_EFER.
     pub(crate) efer: u64,
     /// DR0 to DR7.

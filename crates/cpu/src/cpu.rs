@@ -88,6 +88,7 @@ impl Cpu {
             cr3: 0,
             cr4: 0,
             cr8: 0,
+            cr8_leaves: false,
             efer: 0,
             debug: DebugRegisters::default(),
             msrs: Msrs::default(),
@@ -379,6 +380,13 @@ impl Cpu {
     #[inline]
     pub fn set_msr_exits(&mut self, all: bool) {
         self.core.msrs_leave = all;
+    }
+
+    /// Whether a guest that lowers CR8 leaves with [`Exit::TaskPriority`], since the hypervisor may
+    /// hold an interrupt that CR8 kept back.
+    #[inline]
+    pub fn set_cr8_exits(&mut self, lowering: bool) {
+        self.core.cr8_leaves = lowering;
     }
 
     /// What the guest's RDTSC would return now.

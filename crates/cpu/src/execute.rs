@@ -266,7 +266,7 @@ impl Core {
                     self.set_single(false);
                 }
                 let exit = match self.exit {
-                    Exit::Halt => {
+                    exit @ (Exit::Halt | Exit::TaskPriority) => {
                         // The state after the instruction.
                         if let Some(op) = op {
                             self.rip = op.next_ip();
@@ -274,7 +274,7 @@ impl Core {
                         }
                         self.events.sti_shadow = false;
                         self.events.mov_ss_shadow = false;
-                        Exit::Halt
+                        exit
                     }
                     Exit::Unknown(unknown) if unknown.len == 0 => {
                         Exit::Unknown(decode::describe(self.mode, bytes))

@@ -126,6 +126,9 @@ pub enum Exit {
     PmlFull,
     /// HLT. State is after the instruction.
     Halt,
+    /// The guest has lowered CR8, and the hypervisor wants to know
+    /// ([`Cpu::set_cr8_exits`](crate::Cpu::set_cr8_exits)). State is after the instruction.
+    TaskPriority,
     /// VMCALL or VMMCALL. State is before the instruction; the hypervisor advances RIP with
     /// [`Cpu::complete_hypercall`](crate::Cpu::complete_hypercall).
     Hypercall {

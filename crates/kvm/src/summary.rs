@@ -19,6 +19,7 @@ const EXIT_NAMES: &[(u32, &str)] = &[
     (8, "shutdown"),
     (9, "fail-entry"),
     (10, "intr"),
+    (11, "set-tpr"),
     (17, "internal-error"),
     (29, "rdmsr"),
     (30, "wrmsr"),

@@ -101,6 +101,20 @@ fn the_trap_flag_raises_a_debug_exception_after_the_next_instruction() {
 }
 
 #[test]
+fn lowering_cr8_is_told_to_who_asked_for_it() {
+    // mov eax,7; mov cr8,rax; mov cr8,rax; mov eax,5; mov cr8,rax; hlt
+    let mut guest = Guest::long(
+        b"\xb8\x07\x00\x00\x00\x44\x0f\x22\xc0\x44\x0f\x22\xc0\
+          \xb8\x05\x00\x00\x00\x44\x0f\x22\xc0\xf4",
+    );
+    guest.cpu.set_cr8_exits(true);
+    assert_eq!(guest.cpu.run(), Exit::TaskPriority);
+    assert_eq!((guest.cpu.registers().rip, guest.cpu.cr8()), (0x1016, 5));
+    assert_eq!(guest.cpu.run(), Exit::Halt);
+    assert_eq!(guest.cpu.counters().instructions, 6);
+}
+
+#[test]
 fn an_interrupt_waits_for_the_instruction_after_sti() {
     // cli; sti; inc rax; inc rax; hlt
     let mut guest = Guest::long(b"\xfa\xfb\x48\xff\xc0\x48\xff\xc0\xf4");

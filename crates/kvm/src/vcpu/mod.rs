@@ -1,6 +1,7 @@
 //! A virtual processor: `KVM_CREATE_VCPU` and the ioctls on its descriptor.
 
 mod cancellation;
+mod chipset_msr;
 mod counters;
 mod events;
 mod exit;

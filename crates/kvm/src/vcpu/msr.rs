@@ -1,6 +1,7 @@
 //! Model-specific registers: `KVM_GET_MSRS`, `KVM_SET_MSRS`, and RDMSR and WRMSR of the guest.
 
 use super::VcpuState;
+use super::chipset_msr;
 use super::lapic::Lapic;
 use super::lapic::{self, Effect, Refused};
 use super::machine_check::{IA32_MCG_CTL, IA32_MCG_STATUS, MachineCheck};
@@ -231,7 +232,7 @@ impl VcpuState {
             IA32_GS_BASE => system.gs.base,
             IA32_KERNEL_GS_BASE => msrs.kernel_gs_base,
             IA32_TSC_AUX => msrs.tsc_aux,
-            _ => match feature(index) {
+            _ => match feature(index).or_else(|| chipset_msr::value(index)) {
                 Some(value) => value,
                 None => *self.stored_msrs.slot(index)?,
             },
@@ -275,6 +276,7 @@ impl VcpuState {
             // There is no kvmclock, but programs reset these registers without asking whether there
             // is.
             KVM_WALL_CLOCK | KVM_SYSTEM_TIME => return !from_guest && value == 0,
+            _ if chipset_msr::ignores_write(index, value) => return true,
             _ => {}
         }
         if Stored::allows(index, value)

@@ -14,9 +14,9 @@ use crate::irqchip::Model;
 use crate::td::Stage;
 use kvm_bindings::{
     KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_INTR, KVM_EXIT_IOAPIC_EOI, KVM_EXIT_IRQ_WINDOW_OPEN,
-    KVM_EXIT_SHUTDOWN, KVM_EXIT_UNKNOWN, KVM_INTERNAL_ERROR_EMULATION, KVM_MP_STATE_RUNNABLE,
-    KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, KVM_SYNC_X86_VALID_FIELDS,
-    kvm_sync_regs,
+    KVM_EXIT_SET_TPR, KVM_EXIT_SHUTDOWN, KVM_EXIT_UNKNOWN, KVM_INTERNAL_ERROR_EMULATION,
+    KVM_MP_STATE_RUNNABLE, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS,
+    KVM_SYNC_X86_VALID_FIELDS, kvm_sync_regs,
 };
 use rustix::io::Errno;
 use std::mem::offset_of;
@@ -190,6 +190,9 @@ impl Vcpu {
             }
             self.load_root(state)?;
             state.cpu.set_msr_exits(self.vm.filters_msrs());
+            state
+                .cpu
+                .set_cr8_exits(self.vm.irqchip_model() == Model::None);
             let exit = match self.vm.td() {
                 None => self.run_processor(state),
                 Some(td) => self.run_td(td, state)?,
@@ -210,6 +213,11 @@ impl Vcpu {
                 Exit::MmioRead { gpa, len } => self.memory_read(state, gpa, len),
                 Exit::MmioWrite { gpa, len, data } => self.memory_write(state, gpa, len, data),
                 Exit::Halt => self.halt(state)?,
+                // The program's local APIC may hold an interrupt that can be delivered now.
+                Exit::TaskPriority => {
+                    page.set_exit_reason(KVM_EXIT_SET_TPR);
+                    Next::Return(KVM_EXIT_SET_TPR)
+                }
                 Exit::Rdmsr { index } => self.read_msr(state, index),
                 Exit::Wrmsr { index, value } => self.write_msr(state, index, value),
                 Exit::Hypercall { .. } => self.hypercall(state),
