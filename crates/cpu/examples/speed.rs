@@ -25,7 +25,7 @@ fn main() {
         nanoseconds / exits as f64
     );
     // The loops count down r15 and end in HLT.
-    let kernels: [(&str, &[u8]); 6] = [
+    let kernels: [(&str, &[u8]); 7] = [
         // 1: dec r15; jnz 1b
         ("tight", b"\x49\xff\xcf\x75\xfb\xf4"),
         // 1: lea rax,[rax+rbx*4+7]; xor rcx,rax; add rbx,rcx; shl rdx,3; sub rdx,rax;
@@ -60,12 +60,18 @@ fn main() {
             "string",
             b"\x48\xc7\xc1\x00\x10\x00\x00\x4c\x89\xf7\x4c\x89\xf6\xf3\xa4\x49\xff\xcf\x75\xec\xf4",
         ),
+        // 1: fld qword [r14]; fadd qword [r14+8]; fmul qword [r14+16]; fstp qword [r14]; dec r15;
+        //    jnz 1b
+        (
+            "x87",
+            b"\x41\xdd\x06\x41\xdc\x46\x08\x41\xdc\x4e\x10\x41\xdd\x1e\x49\xff\xcf\x75\xed\xf4",
+        ),
     ];
     for (name, code) in kernels {
-        let rounds = if name == "string" {
-            100_000
-        } else {
-            10_000_000
+        let rounds = match name {
+            "string" => 100_000,
+            "x87" => 500_000,
+            _ => 10_000_000,
         };
         // The best of three.
         let (instructions, nanoseconds) = (0..3)

@@ -17,8 +17,8 @@
 //! `simd` as functions over plain values; `integer`, `stack`, `control`, `strings` and `io` fetch
 //! their operands and store their results. `segments`, `far` and `events` know descriptors, far
 //! transfers, exceptions and interrupts; `gates` and `virtual8086` two chapters of them; `breakpoints` the debug registers; `control_registers`, `msr`, `tables`, `syscall`,
-//! `system_flags`, `protection_keys`, `x87`, `xsave`, `random`, `system`, `td` and `cpuid` are the
-//! system instructions. `memory` translates and
+//! `system_flags`, `protection_keys`, `xsave`, `random`, `system`, `td` and `cpuid` are the
+//! system instructions, `x87` the unit of that name. `memory` translates and
 //! accesses.
 
 mod alu;

@@ -5,7 +5,7 @@ use super::{ready, status};
 use crate::core_state::Core;
 use crate::form::Form;
 use crate::int::Int;
-use crate::op::{Address as _, Handler, Op, Segmented, offset};
+use crate::op::{Address as _, Handler, Mem, Op, Read as _, Segmented, offset};
 use crate::trap::Trap;
 use iced_x86::Mnemonic as M;
 
@@ -169,47 +169,75 @@ fn with_flags(core: &mut Core, op: &Op) -> Result<(), Trap> {
 
 /// A memory operand as it is accessed.
 trait Value {
-    const BYTES: u64;
-    fn fetch(core: &mut Core, linear: u64) -> Result<Operand, Trap>;
-    fn put(core: &mut Core, linear: u64, operand: Operand) -> Result<(), Trap>;
+    /// Where its parts are.
+    type Place: Copy;
+    /// Reads it.
+    fn fetch(core: &mut Core, op: &Op) -> Result<Operand, Trap>;
+    /// Makes sure that it can be written.
+    fn reserve(core: &mut Core, op: &Op) -> Result<Self::Place, Trap>;
+    /// Writes it.
+    fn put(core: &mut Core, place: Self::Place, operand: Operand) -> Result<(), Trap>;
 }
 
 impl<T: Int> Value for T {
-    const BYTES: u64 = <T as Int>::BYTES;
+    type Place = u64;
 
-    fn fetch(core: &mut Core, linear: u64) -> Result<Operand, Trap> {
-        let value: T = core.load(linear)?;
+    fn fetch(core: &mut Core, op: &Op) -> Result<Operand, Trap> {
+        let value: T = Mem::<Segmented>::read(core, op)?;
         Ok(Operand(value.zero_extend().into()))
     }
 
-    fn put(core: &mut Core, linear: u64, operand: Operand) -> Result<(), Trap> {
-        core.store(linear, T::truncate(operand.0 as u64))
+    fn reserve(core: &mut Core, op: &Op) -> Result<u64, Trap> {
+        let linear = Segmented::for_write(core, op, T::BYTES)?;
+        core.touch_write(linear, T::BYTES)?;
+        Ok(linear)
+    }
+
+    fn put(core: &mut Core, place: u64, operand: Operand) -> Result<(), Trap> {
+        core.store(place, T::truncate(operand.0 as u64))
     }
 }
 
-/// Ten bytes: a number in double extended precision, or 18 decimal digits.
+/// Ten bytes: a number in double extended precision, or 18 decimal digits. The two parts are checked
+/// against the segment on their own.
 struct Extended;
 
-impl Value for Extended {
-    const BYTES: u64 = 10;
+impl Extended {
+    /// The operand that is the part behind the significand.
+    fn upper(op: &Op) -> Op {
+        Op {
+            disp: op.disp.wrapping_add(8),
+            ..*op
+        }
+    }
+}
 
-    fn fetch(core: &mut Core, linear: u64) -> Result<Operand, Trap> {
-        let low: u64 = core.load(linear)?;
-        let high: u16 = core.load(linear.wrapping_add(8))?;
+impl Value for Extended {
+    type Place = [u64; 2];
+
+    fn fetch(core: &mut Core, op: &Op) -> Result<Operand, Trap> {
+        let low: u64 = Mem::<Segmented>::read(core, op)?;
+        let high: u16 = Mem::<Segmented>::read(core, &Self::upper(op))?;
         Ok(Operand(u128::from(high) << 64 | u128::from(low)))
     }
 
-    fn put(core: &mut Core, linear: u64, operand: Operand) -> Result<(), Trap> {
-        core.store(linear, operand.0 as u64)?;
-        core.store(linear.wrapping_add(8), (operand.0 >> 64) as u16)
+    fn reserve(core: &mut Core, op: &Op) -> Result<[u64; 2], Trap> {
+        Ok([
+            u64::reserve(core, op)?,
+            u16::reserve(core, &Self::upper(op))?,
+        ])
+    }
+
+    fn put(core: &mut Core, [low, high]: [u64; 2], operand: Operand) -> Result<(), Trap> {
+        core.store(low, operand.0 as u64)?;
+        core.store(high, (operand.0 >> 64) as u16)
     }
 }
 
 /// An instruction that reads memory.
 fn load<V: Value>(core: &mut Core, op: &Op) -> Result<(), Trap> {
     ready(core)?;
-    let linear = Segmented::for_read(core, op, V::BYTES)?;
-    let mut operand = V::fetch(core, linear)?;
+    let mut operand = V::fetch(core, op)?;
     let mut unit = Unit::new(&core.vectors);
     unit.execute(instruction(op), &mut operand);
     commit_with_operand(core, op, &unit);
@@ -219,13 +247,12 @@ fn load<V: Value>(core: &mut Core, op: &Op) -> Result<(), Trap> {
 /// An instruction that writes memory. That it may is found out before it computes.
 fn store<V: Value>(core: &mut Core, op: &Op) -> Result<(), Trap> {
     ready(core)?;
-    let linear = Segmented::for_write(core, op, V::BYTES)?;
-    core.touch_write(linear, V::BYTES)?;
+    let place = V::reserve(core, op)?;
     let mut operand = Operand::default();
     let mut unit = Unit::new(&core.vectors);
     unit.execute(instruction(op), &mut operand);
     if writes(&unit) {
-        V::put(core, linear, operand)?;
+        V::put(core, place, operand)?;
     }
     commit_with_operand(core, op, &unit);
     Ok(())

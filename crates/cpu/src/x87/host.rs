@@ -17,10 +17,6 @@ use core::arch::{asm, naked_asm};
 
 /// Registers of the stack.
 const REGISTERS: usize = 8;
-/// Bytes of a register.
-const REGISTER_BYTES: usize = 10;
-/// The bits of a register in [`FpuState::st`].
-const REGISTER: u128 = u128::MAX >> 48;
 /// Bytes from one stub to the next.
 const STUB_BYTES: usize = 4;
 
@@ -34,8 +30,31 @@ pub(super) struct Unit {
     tags: u32,
     /// Of the last instruction. The guest's are kept elsewhere.
     pointers: [u32; 4],
-    /// From the top of the stack on; six bytes more, so that each can be accessed as sixteen.
-    registers: [u8; REGISTERS * REGISTER_BYTES + 6],
+    /// From the top of the stack on.
+    registers: [Register; REGISTERS],
+}
+
+/// A register as the host accesses it: significand, sign and exponent. In other parts it would have
+/// to wait for its own stores.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Register {
+    significand: [u8; 8],
+    exponent: [u8; 2],
+}
+
+impl Register {
+    fn new(value: u128) -> Self {
+        Self {
+            significand: (value as u64).to_le_bytes(),
+            exponent: ((value >> 64) as u16).to_le_bytes(),
+        }
+    }
+
+    fn value(self) -> u128 {
+        let exponent = u16::from_le_bytes(self.exponent);
+        u128::from(exponent) << 64 | u128::from(u64::from_le_bytes(self.significand))
+    }
 }
 
 /// A memory operand.
@@ -53,12 +72,10 @@ impl Unit {
             status: state.fsw.into(),
             tags: full_tags(state.ftw),
             pointers: [0; 4],
-            registers: [0; _],
+            registers: [Register::default(); _],
         };
         for (i, register) in state.st.iter().enumerate() {
-            // The next one overwrites what is behind the ten bytes.
-            let at = i * REGISTER_BYTES;
-            unit.registers[at..at + 16].copy_from_slice(&register.to_le_bytes());
+            unit.registers[i] = Register::new(*register);
         }
         unit
     }
@@ -69,10 +86,7 @@ impl Unit {
         state.fsw = self.status as u16;
         state.ftw = abridged_tags(self.tags);
         for (i, register) in state.st.iter_mut().enumerate() {
-            let at = i * REGISTER_BYTES;
-            let mut bytes = [0; 16];
-            bytes.copy_from_slice(&self.registers[at..at + 16]);
-            *register = u128::from_le_bytes(bytes) & REGISTER;
+            *register = self.registers[i].value();
         }
     }
 
@@ -194,16 +208,20 @@ extern "C" fn on_memory() {
 
 /// Two bits a register: 3 if its bit is clear, 0 if it is set.
 pub(super) fn full_tags(abridged: u8) -> u32 {
-    (0..8)
-        .filter(|register| abridged >> register & 1 == 0)
-        .fold(0, |tags, register| tags | 3 << (2 * register))
+    // Each step moves the upper halves of all groups of bits away from the lower ones.
+    let mut empty = u32::from(!abridged);
+    empty = (empty | empty << 4) & 0x0f0f;
+    empty = (empty | empty << 2) & 0x3333;
+    empty = (empty | empty << 1) & 0x5555;
+    empty * 3
 }
 
 /// One bit a register: clear if its tag is 3.
 pub(super) fn abridged_tags(tags: u32) -> u8 {
-    (0..8)
-        .filter(|register| tags >> (2 * register) & 3 != 3)
-        .fold(0, |abridged, register| abridged | 1 << register)
+    let mut full = !(tags & tags >> 1) & 0x5555;
+    full = (full | full >> 1) & 0x3333;
+    full = (full | full >> 2) & 0x0f0f;
+    (full | full >> 4) as u8
 }
 
 #[cfg(test)]
@@ -258,7 +276,7 @@ mod tests {
             ..FpuState::default()
         };
         for (i, register) in (1..).zip(&mut state.st) {
-            *register = REGISTER / (i * 1_000_003);
+            *register = (u128::MAX >> 48) / (i * 1_000_003);
         }
         let mut unit = Unit::new(&state);
         // fnop
@@ -266,6 +284,19 @@ mod tests {
         let mut found = FpuState::default();
         unit.store(&mut found);
         assert_eq!(found, state);
+    }
+
+    #[test]
+    fn tags_have_two_forms() {
+        for abridged in 0..=255u8 {
+            let tags = (0..8)
+                .filter(|register| abridged >> register & 1 == 0)
+                .fold(0, |tags, register| tags | 3 << (2 * register));
+            assert_eq!(full_tags(abridged), tags);
+            assert_eq!(abridged_tags(tags), abridged);
+            assert_eq!(abridged_tags(tags & 0xaaaa), 0xff, "only 3 is empty");
+            assert_eq!(abridged_tags(tags | 0xffff_0000), abridged);
+        }
     }
 
     #[test]

@@ -221,6 +221,8 @@ impl Generator {
             let mut target = self.target(instruction, size, rng);
             if restores {
                 target = place_area(target, rng);
+            } else if is_legacy_restore(instruction) {
+                target = place_whole(target, size);
             }
             let wide = memory.address_size() == iced_x86::CodeSize::Code64;
             let mask = if wide { u64::MAX } else { 0xffff_ffff };
@@ -387,7 +389,7 @@ impl Generator {
     ) {
         use Mnemonic as M;
         let gpr = &case.registers.gpr;
-        if matches!(instruction.mnemonic(), M::Fxrstor | M::Fxrstor64) {
+        if is_legacy_restore(instruction) {
             fill_legacy_area(case, target, rng);
             return;
         }
@@ -517,6 +519,14 @@ mod area {
     pub const COMPACTED: u64 = 1 << 63;
 }
 
+/// Of what it restores, processors read more than they use.
+fn is_legacy_restore(instruction: &Instruction) -> bool {
+    matches!(
+        instruction.mnemonic(),
+        Mnemonic::Fxrstor | Mnemonic::Fxrstor64
+    )
+}
+
 fn is_restore(instruction: &Instruction) -> bool {
     matches!(
         instruction.mnemonic(),
@@ -528,13 +538,18 @@ fn is_restore(instruction: &Instruction) -> bool {
 /// memory or not. In an area that ends outside memory, processors touch what they like first.
 fn place_area(target: u64, rng: &mut Rng) -> u64 {
     let aligned = if rng.chance(97) { target & !63 } else { target };
-    let last = DATA + DATA_BYTES as u64 - area::ROOM;
-    if (DATA..DATA + DATA_BYTES as u64).contains(&aligned) {
-        aligned.min(last)
-    } else if aligned.wrapping_add(area::ROOM) > DATA && aligned < DATA {
+    place_whole(aligned, area::ROOM)
+}
+
+/// Where `bytes` lie if they would begin at `target`, and are all in memory or all outside.
+fn place_whole(target: u64, bytes: u64) -> u64 {
+    let last = DATA + DATA_BYTES as u64 - bytes;
+    if (DATA..DATA + DATA_BYTES as u64).contains(&target) {
+        target.min(last)
+    } else if target.wrapping_add(bytes) > DATA && target < DATA {
         DATA
     } else {
-        aligned
+        target
     }
 }
 
@@ -646,7 +661,7 @@ fn is_32bit_count(instruction: &Instruction) -> bool {
 }
 
 /// Whether an instruction depends on the x87 unit.
-fn is_x87(instruction: &Instruction) -> bool {
+pub fn is_x87(instruction: &Instruction) -> bool {
     let op = instruction.op_code();
     let opcode = if op.op_code_len() == 2 {
         op.op_code() >> 8

@@ -258,11 +258,10 @@ fn every_form_does_what_the_host_does_in_32_bit_code() {
 /// Sequences that are tried for each case that a form gets.
 const SEQUENCES: u64 = 60;
 
-fn judge_sequences(bitness: u32) {
+fn judge_sequences(bitness: u32, mut sequences: Sequences) {
     let count = SEQUENCES * from_environment("TWOFOLD_JUDGE_CASES", CASES);
     let mut rng = Rng::new(from_environment("TWOFOLD_JUDGE_SEED", 0x5e0) ^ u64::from(bitness));
     let mut court = Court::new();
-    let mut sequences = Sequences::new(bitness);
     let (mut judged, mut differences) = (0, Vec::new());
     for _ in 0..count {
         let Some((case, last)) = sequences.case(&mut rng) else {
@@ -291,12 +290,22 @@ fn judge_sequences(bitness: u32) {
 
 #[test]
 fn sequences_do_what_the_host_does_in_64_bit_code() {
-    judge_sequences(64);
+    judge_sequences(64, Sequences::new(64));
 }
 
 #[test]
 fn sequences_do_what_the_host_does_in_32_bit_code() {
-    judge_sequences(32);
+    judge_sequences(32, Sequences::new(32));
+}
+
+#[test]
+fn x87_sequences_do_what_the_host_does_in_64_bit_code() {
+    judge_sequences(64, Sequences::x87(64));
+}
+
+#[test]
+fn x87_sequences_do_what_the_host_does_in_32_bit_code() {
+    judge_sequences(32, Sequences::x87(32));
 }
 
 /// The judge must be able to convict: each kind of difference is seen.

@@ -2,7 +2,7 @@
 //! processor joins them.
 
 use crate::exclusions;
-use crate::forms::Generator;
+use crate::forms::{self, Generator};
 use crate::rng::Rng;
 use crate::state::{CODE, CODE_BYTES, Case, flag};
 use crate::verdict;
@@ -27,7 +27,35 @@ pub struct Sequences {
 }
 
 impl Sequences {
+    /// Of any instructions.
     pub fn new(bitness: u32) -> Self {
+        Self::of(
+            bitness,
+            |_| true,
+            |mnemonic| {
+                use Mnemonic as M;
+                matches!(
+                    mnemonic,
+                    M::Cmp | M::Test | M::Add | M::Sub | M::Inc | M::Dec
+                )
+            },
+        )
+    }
+
+    /// Of instructions of the x87 unit, among which those that set RFLAGS are more frequent. What one
+    /// leaves in the unit the next finds there, an exception included.
+    pub fn x87(bitness: u32) -> Self {
+        Self::of(bitness, forms::is_x87, |mnemonic| {
+            use Mnemonic as M;
+            matches!(mnemonic, M::Fcomi | M::Fcomip | M::Fucomi | M::Fucomip)
+        })
+    }
+
+    fn of(
+        bitness: u32,
+        belongs: impl Fn(&Instruction) -> bool,
+        compares: impl Fn(Mnemonic) -> bool,
+    ) -> Self {
         let mut generator = Generator::new(bitness);
         let (mut plain, mut branches) = (Vec::new(), Vec::new());
         for code in Code::values() {
@@ -44,18 +72,15 @@ impl Sequences {
             }
             if sample.is_jcc_short_or_near() {
                 branches.push(code);
-            } else if may_be_plain(code) {
+            } else if may_be_plain(code) && belongs(&sample) {
                 plain.push(code);
             }
         }
-        let compares = |code: &Code| {
-            use Mnemonic as M;
-            matches!(
-                code.mnemonic(),
-                M::Cmp | M::Test | M::Add | M::Sub | M::Inc | M::Dec
-            )
-        };
-        let compare = plain.iter().copied().filter(compares).collect();
+        let compare = plain
+            .iter()
+            .copied()
+            .filter(|code| compares(code.mnemonic()))
+            .collect();
         Self {
             compare,
             generator,

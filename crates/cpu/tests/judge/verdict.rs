@@ -4,7 +4,8 @@ use crate::forms;
 use crate::state::{self, Case, DATA, Outcome, RSP, Registers, flag};
 use crate::undefined;
 use iced_x86::{
-    Code, CpuidFeature, FlowControl, Formatter, Instruction, Mnemonic, NasmFormatter, Register,
+    Code, CpuidFeature, FlowControl, Formatter, Instruction, Mnemonic, NasmFormatter, OpKind,
+    Register,
 };
 use std::fmt::Write as _;
 use std::ops::Range;
@@ -138,24 +139,27 @@ fn is_image(instruction: &Instruction) -> bool {
     )
 }
 
-/// Parts of the data in which an instruction leaves what the processor's vendor likes: in FXSAVE's
-/// image MXCSR's mask (AMD has a bit more), and where the last x87 instruction was while no
-/// exception waits (AMD leaves zeros).
+/// Parts of the data that are not compared: in FXSAVE's image MXCSR's mask (AMD has a bit more),
+/// and in all images where the last x87 instruction was while no exception waits (AMD's processors
+/// leave zeros, or lose it when the host's kernel switches tasks).
 fn uncompared_memory(case: &Case, instruction: &Instruction) -> Vec<Range<usize>> {
-    if !matches!(
-        instruction.mnemonic(),
-        Mnemonic::Fxsave | Mnemonic::Fxsave64
-    ) {
-        return Vec::new();
-    }
+    use Mnemonic as M;
+    let (pointers, mask) = match (instruction.mnemonic(), instruction.memory_size().size()) {
+        (M::Fxsave | M::Fxsave64, _) => (6..24, 28..32),
+        (M::Fnstenv | M::Fnsave, 14 | 94) => (6..14, 0..0),
+        (M::Fnstenv | M::Fnsave, _) => (12..28, 0..0),
+        _ => return Vec::new(),
+    };
     let Some(address) = forms::operand_address(case, instruction) else {
         return Vec::new();
     };
     let start = address.wrapping_sub(DATA) as usize;
-    let within = |from: usize, to: usize| start.wrapping_add(from)..start.wrapping_add(to);
-    let mut parts = vec![within(28, 32)];
+    let mut parts = vec![mask];
     if case.registers.fsw & state::SUMMARY == 0 {
-        parts.push(within(6, 24));
+        parts.push(pointers);
+    }
+    for part in &mut parts {
+        *part = start.wrapping_add(part.start)..start.wrapping_add(part.end);
     }
     parts
 }
@@ -206,6 +210,8 @@ pub fn compare(
         && instruction.memory_segment() == Register::SS
         && instruction.memory_size().size() >= 16;
     let of_image = is_image(instruction);
+    let image = forms::operand_address(case, instruction).filter(|_| of_image);
+    let bytes = instruction.memory_size().size() as u64;
     if aligned_on_stack && expected.vector == 13 && found.vector == 12
         || of_image && matches!((expected.vector, found.vector), (12, 13) | (13, 12))
     {
@@ -217,10 +223,13 @@ pub fn compare(
         instruction.mnemonic(),
         Mnemonic::Xrstor | Mnemonic::Xrstor64
     );
-    if (restores || of_image)
-        && expected.vector == 14
-        && found.vector == 13
-        && expected.address >> 12 == 0xf_ffff
+    let wraps =
+        of_image && case.bitness == 32 && image.is_some_and(|image| (image + bytes - 1) >> 32 != 0);
+    if wraps && memory_fault(expected.vector) && memory_fault(found.vector)
+        || restores
+            && expected.vector == 14
+            && found.vector == 13
+            && expected.address >> 12 == 0xf_ffff
     {
         // The area begins in the last page of the segment and ends behind it.
         return None;
@@ -233,12 +242,6 @@ pub fn compare(
         None,
     );
     // Of an image processors look at the first or the last byte first.
-    let image = if of_image && expected.vector == 14 {
-        forms::operand_address(case, instruction)
-    } else {
-        None
-    };
-    let bytes = instruction.memory_size().size() as u64;
     let within = |address: u64| image.is_some_and(|image| address.wrapping_sub(image) < bytes);
     if !within(expected.address) || !within(found.address) {
         differ("cr2", expected.address.into(), found.address.into(), None);
@@ -324,7 +327,10 @@ pub fn compare(
         // Intel's keep only of such instructions what they were.
         differ("fop", host.fop.into(), ours.fop.into(), None);
         differ("fip", host.fip.into(), ours.fip.into(), None);
-        differ("fdp", host.fdp.into(), ours.fdp.into(), None);
+        // What was before the instruction is lost when the host's kernel switches tasks.
+        if instruction.op0_kind() == OpKind::Memory || before.fsw & state::SUMMARY != 0 {
+            differ("fdp", host.fdp.into(), ours.fdp.into(), None);
+        }
     }
     // Some processors fault in the middle of PUSHA.
     let pusha_fault = expected.vector == 14
