@@ -10,7 +10,8 @@ use crate::usercopy::{Plain, read, read_slice, write};
 use crate::vcpu::{Vcpu, XSAVE_WORDS};
 use kvm_bindings::{
     KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_cpuid_entry, kvm_cpuid_entry2, kvm_device_attr,
-    kvm_enable_cap, kvm_interrupt, kvm_pre_fault_memory, kvm_translation,
+    kvm_enable_cap, kvm_interrupt, kvm_pre_fault_memory, kvm_tpr_access_ctl, kvm_translation,
+    kvm_vapic_addr,
 };
 use rustix::io::Errno;
 use std::sync::Arc;
@@ -75,6 +76,17 @@ fn other(vcpu: &Vcpu, request: u64, argument: usize) -> Reply {
         }
         KVM_X86_SETUP_MCE => done(vcpu.set_up_machine_check(read(argument)?)),
         KVM_X86_SET_MCE => done(vcpu.report_machine_check(&read(argument)?)),
+        KVM_TPR_ACCESS_REPORTING => {
+            let control: kvm_tpr_access_ctl = read(argument)?;
+            reply(
+                argument,
+                vcpu.report_task_priority(&control).map(|()| control),
+            )
+        }
+        KVM_SET_VAPIC_ADDR => {
+            let address: kvm_vapic_addr = read(argument)?;
+            done(vcpu.set_vapic_address(address.vapic_addr))
+        }
         KVM_SET_GUEST_DEBUG => done(vcpu.set_guest_debug(&read(argument)?)),
         KVM_TRANSLATE => {
             let translation: kvm_translation = read(argument)?;

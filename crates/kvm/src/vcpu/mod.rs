@@ -21,6 +21,7 @@ mod run;
 mod run_page;
 mod signal;
 mod sub_pages;
+mod task_priority;
 mod tdcall;
 mod trust_domain;
 mod wait;
