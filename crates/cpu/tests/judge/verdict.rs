@@ -224,14 +224,15 @@ pub fn compare(
         Mnemonic::Xrstor | Mnemonic::Xrstor64
     );
     let wraps =
-        of_image && case.bitness == 32 && image.is_some_and(|image| (image + bytes - 1) >> 32 != 0);
+        image.is_some_and(|image| image >> 32 == 0 && image.wrapping_add(bytes - 1) >> 32 != 0);
     if wraps && memory_fault(expected.vector) && memory_fault(found.vector)
         || restores
             && expected.vector == 14
             && found.vector == 13
             && expected.address >> 12 == 0xf_ffff
     {
-        // The area begins in the last page of the segment and ends behind it.
+        // The area begins in the last page of the segment, or of what the address reaches, and ends
+        // behind it.
         return None;
     }
     differ("vector", expected.vector.into(), found.vector.into(), None);
@@ -322,13 +323,14 @@ pub fn compare(
     differ("fcw", host.fcw.into(), ours.fcw.into(), None);
     differ("fsw", host.fsw.into(), ours.fsw.into(), None);
     differ("ftw", host.ftw.into(), ours.ftw.into(), None);
-    if host.fsw & state::SUMMARY != 0 {
-        // AMD's processors tell only while an exception waits what the last instruction was, and
-        // Intel's keep only of such instructions what they were.
+    // AMD's processors tell only while an exception waits what the last instruction was, and Intel's
+    // keep only of such instructions what they were. What was before the instruction is lost when
+    // the host's kernel switches tasks, unless an exception waited then.
+    let [waited, waits] = [before, &host].map(|registers| registers.fsw & state::SUMMARY != 0);
+    if waits && (waited || instruction.mnemonic() != Mnemonic::Fldcw) {
         differ("fop", host.fop.into(), ours.fop.into(), None);
         differ("fip", host.fip.into(), ours.fip.into(), None);
-        // What was before the instruction is lost when the host's kernel switches tasks.
-        if instruction.op0_kind() == OpKind::Memory || before.fsw & state::SUMMARY != 0 {
+        if waited || instruction.op0_kind() == OpKind::Memory {
             differ("fdp", host.fdp.into(), ours.fdp.into(), None);
         }
     }

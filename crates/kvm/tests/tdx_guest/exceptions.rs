@@ -190,18 +190,3 @@ fn code_in_shared_memory_is_a_page_fault() {
     let call = td.execute(Instruction::Call, &[(reg::RDI, RAM)]);
     assert_eq!(call, Ok(Stop::Done));
 }
-
-#[test]
-fn an_instruction_that_nobody_executes_ends_without_showing_the_guests_code() {
-    let td = Td::new();
-    assert_eq!(td.accept(RAM), 0);
-    // fcos
-    assert_eq!(td.store(RAM, 0xffd9), Ok(Stop::Done));
-    let stop = td.execute(Instruction::Call, &[(reg::RDI, RAM)]);
-    assert_eq!(stop, Ok(Stop::Exit(kvm_bindings::KVM_EXIT_INTERNAL_ERROR)));
-    // suberror "emulation", and no data
-    assert_eq!((td.exit::<u32>(0), td.exit::<u32>(4)), (1, 0));
-    // Nor in other calls: the registers are the guest's.
-    let mut regs = kvm_bindings::kvm_regs::default();
-    assert!(td.vcpu.with(KVM_GET_REGS, &mut regs).is_err());
-}
