@@ -72,30 +72,38 @@ pub const AVX_PLACE: Place = Place {
     size: AVX_BYTES as u32,
 };
 
+/// The first byte behind the upper halves of the YMM registers.
+const BEHIND_AVX: u32 = AVX_PLACE.offset + AVX_PLACE.size;
+
+/// Whether the host's processor has PKRU, so that [`pkru_place`] is also what its CPUID says.
+pub fn host_has_pkru() -> bool {
+    host_pkru_offset().is_some()
+}
+
+/// Where the host puts PKRU in the standard format.
+fn host_pkru_offset() -> Option<u32> {
+    static OFFSET: LazyLock<Option<u32>> = LazyLock::new(|| {
+        if __cpuid(0).eax < 0xd {
+            return None;
+        }
+        let host = __cpuid_count(0xd, xcr0::PKRU.trailing_zeros());
+        let fits = BEHIND_AVX..=LARGEST_AREA - PKRU_BYTES;
+        (host.eax == PKRU_BYTES && fits.contains(&host.ebx)).then_some(host.ebx)
+    });
+    *OFFSET
+}
+
 /// PKRU in the standard format. Where the host has it too, it lies where the host puts it: programs
 /// such as QEMU take the layout of `KVM_GET_XSAVE` from the CPUID instruction, not from KVM.
 pub fn pkru_place() -> Place {
-    static OFFSET: LazyLock<u32> = LazyLock::new(|| {
-        let behind_avx = AVX_PLACE.offset + AVX_PLACE.size;
-        if __cpuid(0).eax < 0xd {
-            return behind_avx;
-        }
-        let host = __cpuid_count(0xd, xcr0::PKRU.trailing_zeros());
-        let fits = behind_avx..=LARGEST_AREA - PKRU_BYTES;
-        if host.eax == PKRU_BYTES && fits.contains(&host.ebx) {
-            host.ebx
-        } else {
-            behind_avx
-        }
-    });
     Place {
-        offset: *OFFSET,
+        offset: host_pkru_offset().unwrap_or(BEHIND_AVX),
         size: PKRU_BYTES,
     }
 }
 
 /// Bytes of an area in standard format that holds the components of a bitmap.
-pub(crate) fn standard_bytes(components: u64) -> u64 {
+pub fn standard_bytes(components: u64) -> u64 {
     if components & xcr0::PKRU != 0 {
         let place = pkru_place();
         u64::from(place.offset + place.size)
@@ -107,7 +115,7 @@ pub(crate) fn standard_bytes(components: u64) -> u64 {
 }
 
 /// Bytes of an area in compacted format that has room for the components of a bitmap.
-pub(crate) fn compacted_bytes(components: u64) -> u64 {
+pub fn compacted_bytes(components: u64) -> u64 {
     let pkru = if components & xcr0::PKRU != 0 {
         u64::from(PKRU_BYTES)
     } else {

@@ -6,7 +6,8 @@
 
 use crate::second_stage::Kind;
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
-use twofold_cpu::CpuidEntry;
+use twofold_cpu::state::xcr0;
+use twofold_cpu::{CpuidEntry, xsave};
 
 /// Entries that one vCPU's table may have (`KVM_MAX_CPUID_ENTRIES`).
 pub const MAX_ENTRIES: usize = 256;
@@ -25,11 +26,52 @@ mod added {
     pub(super) const AMD_REPEATED: u32 = !(1 << 11 | 1 << 19 | 1 << 25 | 1 << 26);
 }
 
+/// State components and XSAVE.
+const XSAVE: u32 = 0xd;
 /// Topology.
 const TOPOLOGY: u32 = 0xb;
 
-/// What `KVM_GET_SUPPORTED_CPUID` answers: the processor's own table, with what belongs to the rest
-/// of a machine.
+/// What `KVM_GET_SUPPORTED_CPUID` answers: [`supported`], without protection keys where the host has
+/// none. Programs such as QEMU, for `-cpu host`, take the layout of XSAVE from the host's CPUID
+/// instruction and pass it on to the guest, with a hole in it where the host lacks a component.
+pub fn offered(kind: Kind) -> Vec<kvm_cpuid_entry2> {
+    let mut table = supported(kind);
+    if !xsave::host_has_pkru() {
+        hide_protection_keys(&mut table);
+    }
+    table
+}
+
+/// The bits of XCR0 that go with [`offered`].
+pub fn offered_components() -> u64 {
+    if xsave::host_has_pkru() {
+        xsave::components()
+    } else {
+        xsave::components() & !xcr0::PKRU
+    }
+}
+
+/// Takes protection keys out of a table: the feature, and its component of XSAVE.
+fn hide_protection_keys(table: &mut Vec<kvm_cpuid_entry2>) {
+    const PKU: u32 = 1 << 3;
+    let component = xcr0::PKRU.trailing_zeros();
+    let left = xsave::components() & !xcr0::PKRU;
+    table.retain(|leaf| (leaf.function, leaf.index) != (XSAVE, component));
+    for leaf in table {
+        match (leaf.function, leaf.index) {
+            (7, 0) => leaf.ecx &= !PKU,
+            (XSAVE, 0) => {
+                leaf.eax = left as u32;
+                leaf.ecx = xsave::standard_bytes(left) as u32;
+                leaf.ebx = leaf.ecx;
+            }
+            (XSAVE, 1) => leaf.ebx = xsave::compacted_bytes(left) as u32,
+            _ => {}
+        }
+    }
+}
+
+/// The processor's own table, with what belongs to the rest of a machine.
 pub fn supported(kind: Kind) -> Vec<kvm_cpuid_entry2> {
     let processor = kind.machine_config().second_stage;
     let mut table: Vec<_> = twofold_cpu::cpuid::supported(processor, GUEST_ADDRESS_BITS as u8)
@@ -176,6 +218,22 @@ mod tests {
             assert_eq!(leaf(7).ecx, own(7).ecx);
             assert_eq!(leaf(0x8000_0001).ecx, own(0x8000_0001).ecx);
         }
+    }
+
+    #[test]
+    fn without_protection_keys_no_leaf_speaks_of_them() {
+        let mut table = supported(Kind::Ept);
+        hide_protection_keys(&mut table);
+        let leaf = |function, index| {
+            let found = |leaf: &&kvm_cpuid_entry2| (leaf.function, leaf.index) == (function, index);
+            table.iter().find(found)
+        };
+        assert_eq!(leaf(7, 0).unwrap().ecx & 1 << 3, 0);
+        assert_eq!(leaf(XSAVE, 0).unwrap().eax & 1 << 9, 0);
+        assert!(leaf(XSAVE, 9).is_none());
+        let last = leaf(XSAVE, 2).map_or(576, |avx| avx.ebx + avx.eax);
+        assert_eq!(leaf(XSAVE, 0).unwrap().ecx, last);
+        assert_eq!(leaf(XSAVE, 1).unwrap().ebx, last);
     }
 
     #[test]

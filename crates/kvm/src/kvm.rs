@@ -38,12 +38,12 @@ impl Kvm {
 
     /// `KVM_GET_SUPPORTED_CPUID`
     pub fn supported_cpuid(self) -> Vec<kvm_cpuid_entry2> {
-        cpuid::supported(Kind::from_environment())
+        cpuid::offered(Kind::from_environment())
     }
 
     /// `KVM_GET_DEVICE_ATTR` of `KVM_X86_XCOMP_GUEST_SUPP`: the bits of XCR0 that a guest may set.
     pub fn guest_components(self) -> u64 {
-        twofold_cpu::xsave::components()
+        cpuid::offered_components()
     }
 
     /// `KVM_GET_EMULATED_CPUID`

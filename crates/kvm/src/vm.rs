@@ -639,7 +639,7 @@ impl Vm {
 
     /// The CPUID table that fits the VM's second stage.
     pub fn supported_cpuid(&self) -> Vec<kvm::kvm_cpuid_entry2> {
-        cpuid::supported(self.kind)
+        cpuid::offered(self.kind)
     }
 }
 
