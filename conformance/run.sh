@@ -144,6 +144,8 @@ prepare() {
 }
 prepare "KVM's selftests" "$here/build-selftests.sh" 'selftests/'
 prepare "kvm-ioctls' tests" "$here/build-kvm-ioctls.sh" 'unit |doc '
+prepare QEMU "$here/build-qemu.sh" 'qemu '
+prepare "Linux under QEMU" "$here/build-linux.sh" 'linux '
 if ((${#left_out[@]} > 0)) && ! $if_available; then
     die "not everything is available here (--if-available does without)"
 fi
@@ -161,6 +163,9 @@ runner=$logs/.runner
     echo ' "$@"'
 } >"$runner"
 chmod +x "$runner"
+
+# A guest that resets itself ends QEMU, as one that turns itself off does.
+qemu=(qemu-system-x86_64 -accel kvm -display none -nodefaults -no-reboot -monitor none)
 
 # argv_of COMMAND: sets argv, kind, where (the folder to start it in) and
 # huge_pages (how many it needs).
@@ -192,6 +197,18 @@ argv_of() {
             "CARGO_TARGET_DIR=$CONFORMANCE_DIR/kvm-ioctls/build"
             "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$runner"
             cargo test --doc --quiet --locked --offline -- --test-threads=1 "${words[@]:1}")
+        ;;
+    qemu)
+        kind=report
+        argv=("${under[@]}" "${qemu[@]}" -debugcon stdio -device "isa-debug-exit,iobase=0xf4"
+            -kernel "$CONFORMANCE_DIR/qemu/guest.bin" "${words[@]:1}")
+        ;;
+    linux)
+        kind=report
+        argv=("${under[@]}" "${qemu[@]}" -serial stdio -m 256
+            -kernel "$CONFORMANCE_DIR/linux/vmlinuz" -initrd "$CONFORMANCE_DIR/linux/archive"
+            -append "console=ttyS0 quiet panic=-1 processors=${words[1]}"
+            -smp "${words[1]}" "${words[@]:2}")
         ;;
     /*)
         kind=selftest
@@ -300,6 +317,20 @@ judge() {
             verdict=fail
             remark="no test of this name was run"
         fi
+    elif [[ $kind == report ]]; then
+        # The guest says how many checks there are, and of each how it went.
+        ran=$(sed -n 's/^1\.\.\([0-9]*\)\r*$/\1/p' "$log" | tail -n 1)
+        ok=$(grep -acE '^ok ' "$log" || true)
+        verdict=fail
+        if grep -aqE '^(not ok|Bail out!) ' "$log"; then
+            remark=$(grep -aE '^(not ok|Bail out!) ' "$log" | head -n 1 | tr -d '\r' | cut -c1-160)
+        elif ((status != 0)); then
+            remark="status $status: $(telling_line "$log")"
+        elif ((ok == 0 || ok != ${ran:-0})); then
+            remark="the guest ended after $ok of ${ran:-an unknown number of} checks; last: $(telling_line "$log")"
+        else
+            verdict=pass
+        fi
     else
         not_ok=$(grep -acE '^not ok ' "$log" || true)
         ok=$(grep -aE '^ok ' "$log" | grep -avc '# SKIP' || true)
@@ -332,6 +363,8 @@ for i in "${!names[@]}"; do
     case ${commands[i]} in
     selftests/* | *=*\ selftests/*) from="KVM's selftests" ;;
     unit\ * | doc\ *) from="kvm-ioctls' tests" ;;
+    qemu\ *) from=QEMU ;;
+    linux\ *) from="Linux under QEMU" ;;
     *) from=here ;;
     esac
     if [[ -n ${left_out[$from]-} ]]; then

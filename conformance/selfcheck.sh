@@ -221,8 +221,35 @@ check 'a documentation test is started with the prefix' \
 check 'Rust tests are counted like the rest' "$(tail -n 1 <<<"$out")" \
     '3 passed, 2 failed, 1 skipped'
 
+# Guests of QEMU: a program that prints what its guest would.
+fake bin/qemu-system-x86_64 <<'SH'
+[[ $* == *guest.bin* ]] || exit 9
+echo "1..2"; echo "ok 1 - one"
+case $* in
+*whole*) echo "ok 2 - two" ;;
+*wrong*) echo "not ok 2 - two" ;;
+*status*) echo "ok 2 - two"; exit 3 ;;
+esac
+SH
+: >"$scratch/suite"
+for guest in whole wrong status reset; do
+    row "guest $guest" pass 10 "qemu -machine $guest"
+done
+PATH=$scratch/bin:$PATH table --under none
+check 'a guest whose report is whole passes' "$(line_of 'guest whole')" 'pass guest whole'
+check 'a check that fails in a guest is shown' "$(line_of 'guest wrong')" \
+    'fail guest wrong not ok 2 - two'
+check 'the status of QEMU counts as well' "$(line_of 'guest status' | cut -d: -f1)" \
+    'fail guest status status 3'
+check 'a guest that ends before its report does is a failure' "$(line_of 'guest reset')" \
+    'fail guest reset the guest ended after 1 of 2 checks; last: ok 1 - one'
+
 # A machine that cannot have the suites.
 rm -rf "$scratch/cache"
+cat >"$scratch/suite" <<SH
+a selftest	pass	10	selfcheck	selftests/x86_64/some_test
+a unit test	pass	10	selfcheck	unit a_pass
+SH
 fake bin/apt-get <<<'exit 100'
 fake bin/cargo <<<'echo "no registry"; exit 101'
 PATH=$scratch/bin:$PATH table --under none --if-available
