@@ -172,7 +172,15 @@ impl Core {
         let length = code.available.min(BLOCK_BYTES).min(limit);
         self.read_code(code.host, &mut buffer[..length])?;
         if let Some(block) = self.decode_bytes(&buffer[..length]) {
-            return Ok(block);
+            // Only what became code is watched, which is known when it has been read.
+            if self.code_is(code.host, &block.bytes)? {
+                return Ok(block);
+            }
+            self.watch_code(code.host, length);
+            self.read_code(code.host, &mut buffer[..length])?;
+            if let Some(block) = self.decode_bytes(&buffer[..length]) {
+                return Ok(block);
+            }
         }
         // Not even one instruction fits: it goes on in the next page, or the segment ends here.
         let whole = INSTRUCTION_BYTES.min(limit);
@@ -183,8 +191,10 @@ impl Core {
         self.fetch(next)?;
         // The second fetch may have let other threads' requests in: translate both again.
         let first = self.exec_place(linear)?;
+        self.watch_code(first, length);
         self.read_code(first, &mut buffer[..length])?;
         let second = self.exec_place(next)?;
+        self.watch_code(second, whole - length);
         self.read_code(second, &mut buffer[length..whole])?;
         match self.decode_bytes(&buffer[..whole]) {
             Some(mut block) => {

@@ -4,13 +4,22 @@
 //! changed. What has to be noticed here is a store by a vCPU of the machine into a page that code
 //! was decoded from. Such stores must not cost anything elsewhere, so the question "does this page
 //! hold code?" is asked when permission to write a page is cached, not when it is written: for a
-//! page that holds code the permission is never cached, and each store goes the long way.
+//! page that holds code the permission is never cached, and each store goes a longer way.
+//!
+//! On that way lines of 64 bytes are told apart, so that data beside code may change without every
+//! vCPU looking at all its code again: whoever uses code notes its lines *before* reading them, whoever
+//! stores looks for the line *after* storing. One of the two sees the other.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 use twofold_arch::{Hpa, PAGE_SHIFT};
 
 /// log2 of the number of bits. Two pages that share one cost a few slow stores, nothing else.
 const BITS_SHIFT: u32 = 17;
+
+/// log2 of the bytes in a line.
+const LINE_SHIFT: u32 = 6;
+/// log2 of the number of words that hold the lines of a page. Pages that share one, likewise.
+const LINE_WORDS_SHIFT: u32 = 14;
 
 /// A set of host pages, by hash: it may hold pages that were not put into it.
 #[derive(Debug)]
@@ -23,6 +32,8 @@ pub(crate) struct CodePages {
     noted: Pages,
     /// And no vCPU has such a permission from earlier.
     settled: Pages,
+    /// A word for each page, by hash, and in it a bit for each line that code is used from.
+    lines: Box<[AtomicU64]>,
     generation: AtomicU64,
 }
 
@@ -59,6 +70,9 @@ impl CodePages {
         Self {
             noted: Pages::new(),
             settled: Pages::new(),
+            lines: (0..1usize << LINE_WORDS_SHIFT)
+                .map(|_| AtomicU64::new(0))
+                .collect(),
             generation: AtomicU64::new(0),
         }
     }
@@ -85,12 +99,38 @@ impl CodePages {
         self.settled.insert(page);
     }
 
-    /// A store into a page with code has happened: whoever sees the new count sees the store.
-    pub(crate) fn changed(&self) {
-        self.generation.fetch_add(1, Ordering::SeqCst);
+    /// The word of a page's lines, and those that some bytes of the page lie in.
+    fn lines_of(&self, first: Hpa, bytes: usize) -> (&AtomicU64, u64) {
+        let frame = first.get() >> PAGE_SHIFT;
+        let word = (frame ^ (frame >> LINE_WORDS_SHIFT)) & ((1 << LINE_WORDS_SHIFT) - 1);
+        let line = |at: u64| (at.min((1 << PAGE_SHIFT) - 1) >> LINE_SHIFT) as u32;
+        let offset = first.get() & ((1 << PAGE_SHIFT) - 1);
+        let (low, high) = (line(offset), line(offset + bytes.max(1) as u64 - 1));
+        let mask = u64::MAX >> (63 - (high - low)) << low;
+        (&self.lines[word as usize], mask)
     }
 
-    /// How many stores into pages with code have happened. Blocks that were compared with memory
+    /// Notes that code is used from some bytes of a page: to be called before they are read.
+    pub(crate) fn note_lines(&self, first: Hpa, bytes: usize) {
+        let (word, mask) = self.lines_of(first, bytes);
+        if word.load(Ordering::Acquire) & mask != mask {
+            word.fetch_or(mask, Ordering::SeqCst);
+        }
+    }
+
+    /// A store to some bytes of a page with code has happened. Returns whether they are code: then
+    /// whoever sees the new count sees the store.
+    pub(crate) fn written(&self, first: Hpa, bytes: usize) -> bool {
+        let (word, mask) = self.lines_of(first, bytes);
+        fence(Ordering::SeqCst);
+        let is_code = word.load(Ordering::SeqCst) & mask != 0;
+        if is_code {
+            self.generation.fetch_add(1, Ordering::SeqCst);
+        }
+        is_code
+    }
+
+    /// How many stores into lines with code have happened. Blocks that were compared with memory
     /// at another count have to be compared again.
     #[inline(always)]
     pub(crate) fn generation(&self) -> u64 {
@@ -112,6 +152,34 @@ mod tests {
         assert!(pages.contains(page) && !pages.is_settled(page));
         pages.settle(page);
         assert!(pages.contains(page) && pages.is_settled(page));
+    }
+
+    #[test]
+    fn only_stores_to_lines_that_code_is_used_from_count() {
+        let pages = CodePages::new();
+        let at = |offset: u64| Hpa::new(0x7f12_3456_7000 + offset);
+        assert!(!pages.written(at(0), 4096));
+        // From the second line into the third, and the page's last byte.
+        pages.note_lines(at(0x7f), 2);
+        pages.note_lines(at(0xfff), 1);
+        for (offset, bytes, is_code) in [
+            (0x38, 8, false),
+            (0x3c, 8, true),
+            (0x40, 1, true),
+            (0xbf, 1, true),
+            (0xc0, 16, false),
+            (0xfbf, 1, false),
+            (0xfbf, 2, true),
+            (0, 4096, true),
+        ] {
+            let before = pages.generation();
+            assert_eq!(pages.written(at(offset), bytes), is_code, "{offset:#x}");
+            assert_eq!(pages.generation(), before + u64::from(is_code));
+        }
+        assert!(
+            !pages.written(Hpa::new(0x7f12_3456_8040), 8),
+            "another page"
+        );
     }
 
     #[test]

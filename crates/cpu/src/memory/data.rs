@@ -97,11 +97,25 @@ impl Core {
         self.translate_data(linear, bytes, true, set).map(|_| ())
     }
 
-    /// A store into a page that code was decoded from has been made.
+    /// A store into a page that code was decoded from has been made: `bytes` at `place`.
     #[cold]
-    pub(super) fn code_written(&mut self) {
-        self.machine.code().changed();
-        self.stop = true;
+    pub(super) fn code_written(&mut self, place: usize, bytes: usize) {
+        if self.machine.code().written(self.hpa_of(place), bytes) {
+            self.stop = true;
+        }
+    }
+
+    /// The same for an access of `bytes` that lies in two pages.
+    fn halves_written(&mut self, halves: &Halves, bytes: usize) {
+        let parts = [
+            (&halves.first, halves.first_len),
+            (&halves.second, bytes - halves.first_len),
+        ];
+        for (target, length) in parts {
+            if let (true, Place::Host(place)) = (target.code, target.place) {
+                self.code_written(place, length);
+            }
+        }
     }
 
     #[inline(always)]
@@ -190,12 +204,17 @@ impl Core {
             if let Some(place) = self.mem.sub_pages.place(set, linear, T::SIZE as u64) {
                 return self.store_host(place, value);
             }
+            if let Some(place) = self.mem.tlb.beside_code(set, linear) {
+                self.store_host(place, value)?;
+                self.code_written(place, T::SIZE);
+                return Ok(());
+            }
             let target = self.translate_data(linear, T::SIZE as u64, true, set)?;
             return match target.place {
                 Place::Host(place) => {
                     self.store_host(place, value)?;
                     if target.code {
-                        self.code_written();
+                        self.code_written(place, T::SIZE);
                     }
                     Ok(())
                 }
@@ -220,11 +239,16 @@ impl Core {
             if let Some(place) = self.mem.sub_pages.place(set, linear, T::SIZE as u64) {
                 return self.rmw_host(place, locked, change);
             }
+            if let Some(place) = self.mem.tlb.beside_code(set, linear) {
+                let result = self.rmw_host(place, locked, change)?;
+                self.code_written(place, T::SIZE);
+                return Ok(result);
+            }
             let target = self.translate_data(linear, T::SIZE as u64, true, set)?;
             if locked && let Place::Host(place) = target.place {
                 let result = self.rmw_locked_host(place, change)?;
                 if target.code {
-                    self.code_written();
+                    self.code_written(place, T::SIZE);
                 }
                 return Ok(result);
             }
@@ -247,9 +271,7 @@ impl Core {
                 && let Some(place) = halves.contiguous()
             {
                 let result = self.rmw_locked_host(place, change)?;
-                if halves.first.code || halves.second.code {
-                    self.code_written();
-                }
+                self.halves_written(&halves, T::SIZE);
                 return Ok(result);
             }
             // Two pages that are not neighbours in this process: no host instruction changes both
@@ -306,9 +328,7 @@ impl Core {
     fn store_halves<T: Datum>(&mut self, halves: &Halves, value: T) -> Result<(), Trap> {
         if let Some(place) = halves.contiguous() {
             self.store_host(place, value)?;
-            if halves.first.code || halves.second.code {
-                self.code_written();
-            }
+            self.halves_written(halves, T::SIZE);
             return Ok(());
         }
         let bytes = value.to_bytes();
@@ -349,7 +369,7 @@ impl Core {
                     return Err(self.vanished(place));
                 }
                 if target.code {
-                    self.code_written();
+                    self.code_written(place, bytes.len());
                 }
                 Ok(())
             }

@@ -42,8 +42,7 @@ impl Core {
     pub(crate) fn fetch(&mut self, linear: u64) -> Result<CodeBytes, Trap> {
         loop {
             let host = self.exec_place(linear)?;
-            let page = host & PAGE_MASK as usize;
-            let hpa = Hpa::new(page.wrapping_sub(self.machine.config().hpa_offset) as u64);
+            let hpa = self.hpa_of(host & PAGE_MASK as usize);
             if self.machine.code().is_settled(hpa) {
                 let available = (1 << PAGE_SHIFT) - (host & !PAGE_MASK as usize);
                 return Ok(CodeBytes { host, available });
@@ -59,6 +58,17 @@ impl Core {
         }
     }
 
+    /// The host-physical address of a place in this process.
+    pub(super) fn hpa_of(&self, host: usize) -> Hpa {
+        Hpa::new(host.wrapping_sub(self.machine.config().hpa_offset) as u64)
+    }
+
+    /// From now on stores to these bytes, all in one page, are noticed: code is about to be read
+    /// there.
+    pub(crate) fn watch_code(&mut self, host: usize, bytes: usize) {
+        self.machine.code().note_lines(self.hpa_of(host), bytes);
+    }
+
     /// Reads code. What is gone ends in [`Exit::HostFault`](crate::Exit::HostFault).
     pub(crate) fn read_code(&mut self, host: usize, buffer: &mut [u8]) -> Result<(), Trap> {
         let pointer = std::ptr::with_exposed_provenance::<u8>(host);
@@ -69,8 +79,10 @@ impl Core {
         copied.map_err(|Vanished| self.vanished(host))
     }
 
-    /// Whether code in memory is still what it was.
+    /// Whether code in memory, all in one page, is still what it was; from now on stores to it are
+    /// noticed.
     pub(crate) fn code_is(&mut self, host: usize, bytes: &[u8]) -> Result<bool, Trap> {
+        self.watch_code(host, bytes.len());
         let pointer = std::ptr::with_exposed_provenance::<u8>(host);
         #[expect(unsafe_code)]
         // UNSAFETY: guest memory is raw memory.

@@ -213,7 +213,7 @@ impl GuestTables for NestedTables<'_> {
         match found {
             Ok(found) => {
                 if self.core.machine.code().contains(page.hpa) {
-                    self.core.code_written();
+                    self.core.code_written(place, bytes as usize);
                 }
                 Ok(found == old)
             }

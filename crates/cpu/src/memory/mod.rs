@@ -418,22 +418,22 @@ impl Core {
         };
         let host = self.machine.host(page.hpa);
         let code = self.machine.code().contains(page.hpa);
+        let writable = !self.breakpoints.watches_page(linear, true)
+            && mapping.dirty
+            && page.dirty
+            && page.rights.contains(Rights::WRITE)
+            && (write
+                || self.mem.paging.permits(
+                    &mapping,
+                    LinearAccess {
+                        write: true,
+                        ..access
+                    },
+                ));
         let allowed = Allowed {
             read: page.rights.contains(Rights::READ)
                 && !self.breakpoints.watches_page(linear, false),
-            write: !code
-                && !self.breakpoints.watches_page(linear, true)
-                && mapping.dirty
-                && page.dirty
-                && page.rights.contains(Rights::WRITE)
-                && (write
-                    || self.mem.paging.permits(
-                        &mapping,
-                        LinearAccess {
-                            write: true,
-                            ..access
-                        },
-                    )),
+            write: writable && !code,
             execute: false,
         };
         let addend = (host as u64).wrapping_sub(linear & PAGE_MASK);
@@ -450,6 +450,9 @@ impl Core {
             allowed,
             (mapping.size > 1 << PAGE_SHIFT).then_some(mapping.size),
         );
+        if writable && code {
+            self.mem.tlb.fill_beside_code(set, linear, addend);
+        }
         Ok(Target {
             place: Place::Host(host + (linear & !PAGE_MASK) as usize),
             code,

@@ -72,6 +72,14 @@ impl Entry {
     }
 }
 
+/// A page that may be written but holds code, so that no entry may say so.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct BesideCode {
+    set: Set,
+    tag: u64,
+    addend: u64,
+}
+
 /// What a new entry allows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Allowed {
@@ -90,10 +98,13 @@ pub(crate) struct Tlb {
     /// Linear addresses that pages larger than 4 KiB were cached from: invalidating one address of
     /// such a page has to find entries for all of it.
     large: Option<(u64, u64)>,
+    /// Pages with code that may be written, by the page's number.
+    beside_code: [Option<BesideCode>; Self::BESIDE_CODE],
 }
 
 impl Tlb {
     const REMEMBERED: usize = 96;
+    const BESIDE_CODE: usize = 8;
 
     pub(crate) fn new() -> Self {
         let entries = bytemuck::zeroed_box();
@@ -102,7 +113,26 @@ impl Tlb {
             filled: [0; Self::REMEMBERED],
             filled_count: 0,
             large: None,
+            beside_code: [None; Self::BESIDE_CODE],
         }
+    }
+
+    fn beside_code_index(linear: u64) -> usize {
+        (linear >> PAGE_SHIFT) as usize & (Self::BESIDE_CODE - 1)
+    }
+
+    /// Where to write at `linear`, if its page is known to be writable although it holds code. The
+    /// store has to be announced.
+    pub(super) fn beside_code(&self, set: Set, linear: u64) -> Option<usize> {
+        let known = self.beside_code[Self::beside_code_index(linear)]?;
+        (known.set == set && known.tag == tag(linear, 1))
+            .then(|| linear.wrapping_add(known.addend) as usize)
+    }
+
+    /// Remembers a page for [`Tlb::beside_code`].
+    pub(super) fn fill_beside_code(&mut self, set: Set, linear: u64, addend: u64) {
+        let tag = tag(linear, 1);
+        self.beside_code[Self::beside_code_index(linear)] = Some(BesideCode { set, tag, addend });
     }
 
     /// The entry that may hold the translation of `linear` in the set that starts at `base`.
@@ -128,6 +158,10 @@ impl Tlb {
     ) {
         let new = tag(linear, 1);
         let index = Self::index(set.base(), linear);
+        let place = &mut self.beside_code[Self::beside_code_index(linear)];
+        if place.is_some_and(|known| known.set == set && known.tag == new) {
+            *place = None;
+        }
         let entry = &mut self.entries[index];
         if !entry.holds(new) || entry.addend != addend {
             *entry = Entry::EMPTY;
@@ -162,6 +196,7 @@ impl Tlb {
         }
         self.filled_count = 0;
         self.large = None;
+        self.beside_code = [None; Self::BESIDE_CODE];
     }
 
     /// Forgets the guest page that holds `linear`, of whatever size it is.
@@ -174,6 +209,7 @@ impl Tlb {
             return;
         }
         let page = tag(linear, 1);
+        self.beside_code[Self::beside_code_index(linear)] = None;
         for base in (0..SETS).map(|set| set * ENTRIES) {
             let entry = &mut self.entries[Self::index(base, linear)];
             if entry.holds(page) {
@@ -184,6 +220,7 @@ impl Tlb {
 
     /// Forgets all permissions to write.
     pub(crate) fn drop_writes(&mut self) {
+        self.beside_code = [None; Self::BESIDE_CODE];
         if self.filled_count <= Self::REMEMBERED {
             for &index in &self.filled[..self.filled_count] {
                 self.entries[usize::from(index) & (SETS * ENTRIES - 1)].write = NO_PAGE;

@@ -90,6 +90,29 @@ fn code_that_is_written_at_another_address_runs_as_new_code_at_once() {
 }
 
 #[test]
+fn data_beside_code_is_written_without_looking_at_the_code_again() {
+    // l: mov [rdi],ecx; lock inc dword [rdi+8]; dec ecx; jnz l; hlt
+    let mut guest = Guest::long(b"\x89\x0f\xf0\xff\x47\x08\xff\xc9\x75\xf6\xf4");
+    for (place, in_code) in [(0x1040, false), (0x1020, true)] {
+        guest.set(0x1000, |registers| {
+            (registers.gpr[1], registers.gpr[7]) = (10_000, place)
+        });
+        let before = guest.cpu.counters();
+        assert_eq!(guest.cpu.run(), Exit::Halt);
+        let after = guest.cpu.counters();
+        assert!(
+            after.tlb_misses - before.tlb_misses < 10,
+            "no walk for each"
+        );
+        // A block ends early where code may have changed.
+        let blocks = after.blocks - before.blocks;
+        assert_eq!(blocks > 15_000, in_code, "{blocks} blocks");
+        assert_eq!(guest.read_u64(place as usize) as u32, 1);
+        assert_eq!(guest.read_u64(place as usize + 8) as u32, 10_000);
+    }
+}
+
+#[test]
 fn code_changes_with_the_page_that_an_address_means() {
     // call 0x14000; mov ebx,eax; mov qword [0x80a0],0x15007; invlpg [0x14000]; call 0x14000; hlt
     let mut guest = Guest::long(

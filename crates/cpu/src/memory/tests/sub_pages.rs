@@ -434,7 +434,8 @@ fn what_is_kept_of_a_protected_page_goes_with_the_translation() {
     assert_eq!(store(core), 0);
     // Code that is decoded from the page: each store has to be announced from then on.
     core.line.enter();
-    core.fetch(0x20_000).unwrap();
+    let code = core.fetch(0x20_000).unwrap();
+    core.watch_code(code.host, 0x20);
     core.line.leave();
     let before = machine.code().generation();
     core.store(0x20_008, 1u64).unwrap();
@@ -490,7 +491,8 @@ fn a_store_into_code_is_announced_also_by_permission_of_a_sub_page() {
     let core = &mut cpu.core;
     host.protect(0x20, 1);
     core.line.enter();
-    core.fetch(0x20_000).unwrap();
+    let code = core.fetch(0x20_000).unwrap();
+    core.watch_code(code.host, 0x20);
     core.line.leave();
     let before = machine.code().generation();
     core.store(0x20_010, 0x90u8).unwrap();

@@ -241,14 +241,18 @@ fn a_store_into_a_page_with_code_is_noticed_and_others_are_not() {
     let code = core.fetch(0x20_000).unwrap();
     assert_eq!(code.available, 4096);
     assert_eq!(core.code_is(code.host, &[0x90, 0]), Ok(true));
+    core.watch_code(code.host + 0xfff, 1);
     let before = machine.code().generation();
     core.stop = false;
     core.store(0x21_000, 0x91u8).unwrap();
-    core.store(0x20_ffe, 0u8).unwrap();
+    core.store(0x20_800, 0u8).unwrap();
+    assert_eq!(machine.code().generation(), before, "data beside code");
+    assert!(!core.stop);
+    core.store(0x20_001, 0u8).unwrap();
     assert_eq!(
         machine.code().generation(),
         before + 1,
-        "one store each, the cached entry is gone"
+        "the cached entry is gone"
     );
     assert!(core.stop);
     core.rmw::<u8>(0x20_000, true, |x| x ^ 1).unwrap();
