@@ -26,6 +26,37 @@ mod added {
     pub(super) const AMD_REPEATED: u32 = !(1 << 11 | 1 << 19 | 1 << 25 | 1 << 26);
 }
 
+/// The leaf that names what KVM offers its guests.
+pub(crate) const KVM_FEATURES: u32 = 0x4000_0001;
+
+/// Bits of EAX of [`KVM_FEATURES`] (`KVM_FEATURE_*` of `linux/kvm_para.h`).
+pub(crate) mod feature {
+    /// kvmclock by its old registers, and by those that others do not use.
+    pub(crate) const CLOCK: u32 = 1 << 0;
+    /// Ports need no time.
+    const NO_DELAY: u32 = 1 << 1;
+    pub(crate) const CLOCK_2: u32 = 1 << 3;
+    pub(crate) const STEAL_TIME: u32 = 1 << 5;
+    /// A vCPU that halts can be woken without an interrupt.
+    pub(crate) const UNHALT: u32 = 1 << 7;
+    pub(crate) const SEND_IPI: u32 = 1 << 11;
+    pub(crate) const YIELD: u32 = 1 << 13;
+    /// The clock may say of itself that all vCPUs see the same.
+    const CLOCK_STABLE: u32 = 1 << 24;
+    pub(super) const OFFERED: u32 =
+        CLOCK | NO_DELAY | CLOCK_2 | STEAL_TIME | UNHALT | SEND_IPI | YIELD | CLOCK_STABLE;
+}
+
+/// Takes the promise to wake vCPUs that halt from a table: where HLT is the guest's own.
+pub(crate) fn forget_unhalt(table: &mut [kvm_cpuid_entry2]) {
+    for leaf in table
+        .iter_mut()
+        .filter(|leaf| leaf.function == KVM_FEATURES)
+    {
+        leaf.eax &= !feature::UNHALT;
+    }
+}
+
 /// State components and XSAVE.
 const XSAVE: u32 = 0xd;
 /// Topology.
@@ -97,8 +128,7 @@ pub fn supported(kind: Kind) -> Vec<kvm_cpuid_entry2> {
     table.push(indexed(TOPOLOGY, 0, 0, 0, 0, 0));
     let [kvm_b, kvm_c, kvm_d] = words(*b"KVMKVMKVM\0\0\0");
     table.push(entry(0x4000_0000, 0x4000_0001, kvm_b, kvm_c, kvm_d));
-    // No paravirtual features: no kvmclock, no asynchronous page faults.
-    table.push(entry(0x4000_0001, 0, 0, 0, 0));
+    table.push(entry(KVM_FEATURES, feature::OFFERED, 0, 0, 0));
     table.sort_by_key(|leaf| (leaf.function, leaf.index));
     table
 }

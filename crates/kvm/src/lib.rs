@@ -13,6 +13,7 @@
 pub mod abi;
 mod bus;
 pub mod capability;
+mod clock;
 pub mod cpuid;
 mod descriptor;
 mod dirty_log;

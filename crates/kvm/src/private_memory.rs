@@ -70,6 +70,7 @@ impl Vm {
         };
         let result = self.tables().set_region(request, bind);
         drop(file);
+        self.wait_for_guest_accesses();
         result.map_err(|error| {
             tracing::debug!(?request, %error, "memory region refused");
             match error.kind() {

@@ -341,6 +341,11 @@ impl Tables {
         either!(self, mmu => mmu.drain_pml(reader, RootRole::NORMAL.as_id(), log));
     }
 
+    /// Marks the page of `gpa` in the normal address space dirty.
+    pub(crate) fn mark_dirty(&self, reader: &mut Reader, gpa: Gpa) {
+        self.drain_pml(reader, std::iter::once(gpa));
+    }
+
     pub(crate) fn dirty_log_get(
         &self,
         as_id: u16,

@@ -2,6 +2,7 @@
 
 use crate::bus::Buses;
 use crate::capability;
+use crate::clock::{Clock, Reference};
 use crate::fork;
 use crate::guest_memory::Reservation;
 use crate::irqchip::{Controllers, Model, Timers};
@@ -11,7 +12,7 @@ use crate::second_stage::{Kind, Tables};
 use crate::summary;
 use crate::sync::{Mutex, ProcessMutex, RwLock};
 use crate::td::{Stage, Td};
-use crate::vcpu::{Vcpu, VcpuCore};
+use crate::vcpu::{Ask, Vcpu, VcpuCore};
 use crate::vm_type::VmType;
 use crate::{cpuid, tsc};
 use kvm_bindings as kvm;
@@ -20,8 +21,8 @@ use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::thread::CapabilitySet;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock, Weak};
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::{Arc, OnceLock, RwLockReadGuard, Weak};
+use std::time::{Duration, SystemTime};
 use twofold_abi::spp;
 use twofold_cpu::Machine;
 use twofold_mmu::SlotInfo;
@@ -55,7 +56,9 @@ pub struct Vm {
     kind: Kind,
     generation: u32,
     process: u32,
-    started: Instant,
+    clock: Clock,
+    /// Held while KVM itself uses the guest's memory: a slot that goes waits for that.
+    guest_access: RwLock<()>,
     /// A copy of the configuration that running vCPUs look at.
     pub(crate) irqchip_model: AtomicU8,
     boot_cpu_id: AtomicU32,
@@ -69,6 +72,7 @@ pub struct Vm {
     /// Keeps the vCPUs' time stamp counters in step.
     tsc_sync: tsc::Sync,
     hypercall_exits: AtomicU32,
+    halts_in_guest: AtomicBool,
     /// The interrupt controllers beside the local APICs.
     pub(crate) controllers: Controllers,
     /// The vCPUs once more, for those that have interrupts for them.
@@ -84,8 +88,6 @@ pub struct Vm {
     plain_broadcasts: AtomicBool,
     /// 0 for the host's rate.
     tsc_khz: AtomicU32,
-    /// Nanoseconds to add to the time since `started`; wraps.
-    clock_offset: AtomicU64,
     /// Where huge pages are not executable.
     nx_recovery: OnceLock<Worker>,
     /// Sub-page permissions are enabled: a copy that running vCPUs look at.
@@ -123,7 +125,8 @@ impl Vm {
             kind,
             generation: fork::generation(),
             process: std::process::id(),
-            started: Instant::now(),
+            clock: Clock::new(),
+            guest_access: RwLock::default(),
             irqchip_model: AtomicU8::new(0),
             boot_cpu_id: AtomicU32::new(0),
             exception_payload: AtomicBool::new(false),
@@ -133,6 +136,7 @@ impl Vm {
             hides_platform_info: AtomicBool::new(false),
             tsc_sync: tsc::Sync::default(),
             hypercall_exits: AtomicU32::new(0),
+            halts_in_guest: AtomicBool::new(false),
             controllers: Controllers::default(),
             members: RwLock::default(),
             pic_output: AtomicBool::new(false),
@@ -141,7 +145,6 @@ impl Vm {
             wide_apic_ids: AtomicBool::new(false),
             plain_broadcasts: AtomicBool::new(false),
             tsc_khz: AtomicU32::new(0),
-            clock_offset: AtomicU64::new(0),
             nx_recovery: OnceLock::new(),
             protects_sub_pages: AtomicBool::new(false),
         });
@@ -230,6 +233,25 @@ impl Vm {
             1 => Model::Kernel,
             _ => Model::Split,
         }
+    }
+
+    pub(crate) fn clock(&self) -> &Clock {
+        &self.clock
+    }
+
+    /// KVM itself uses the guest's memory, by the slots as they are, until this is dropped.
+    pub(crate) fn begin_guest_access(&self) -> RwLockReadGuard<'_, ()> {
+        self.guest_access.read()
+    }
+
+    /// Waits until KVM does not use what it found in slots that are gone.
+    pub(crate) fn wait_for_guest_accesses(&self) {
+        drop(self.guest_access.write());
+    }
+
+    /// Whether HLT of a guest is not the program's to hear of, or to emulate.
+    pub(crate) fn halts_in_guest(&self) -> bool {
+        self.halts_in_guest.load(Ordering::Relaxed)
     }
 
     pub(crate) fn timers(&self) -> &Timers {
@@ -511,14 +533,13 @@ impl Vm {
 
     /// `KVM_GET_CLOCK`: nanoseconds that the VM has lived, as the program set it.
     pub fn get_clock(&self) -> kvm_clock_data {
-        let elapsed = nanoseconds(self.started.elapsed());
-        let clock = elapsed.wrapping_add(self.clock_offset.load(Ordering::Relaxed));
+        let Reference { tsc, clock } = self.clock.now();
         let realtime = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         kvm_clock_data {
             clock,
             flags: capability::CLOCK_FLAGS,
             realtime: nanoseconds(realtime.unwrap_or_default()),
-            host_tsc: tsc::now(),
+            host_tsc: tsc,
             ..Default::default()
         }
     }
@@ -537,8 +558,10 @@ impl Vm {
             let realtime = self.get_clock().realtime;
             clock = clock.wrapping_add(realtime.saturating_sub(data.realtime));
         }
-        let offset = clock.wrapping_sub(nanoseconds(self.started.elapsed()));
-        self.clock_offset.store(offset, Ordering::Relaxed);
+        self.clock.set(clock);
+        for core in self.members.read().iter() {
+            core.notify(Ask::CLOCK);
+        }
         Ok(())
     }
 
@@ -585,6 +608,15 @@ impl Vm {
                     return Err(Errno::INVAL);
                 }
                 self.create_split_irqchip(argument as u32)
+            }
+            kvm::KVM_CAP_X86_DISABLE_EXITS => {
+                if argument & !u64::from(capability::DISABLED_EXITS) != 0 {
+                    return Err(Errno::INVAL);
+                }
+                if argument & u64::from(kvm::KVM_X86_DISABLE_EXITS_HLT) != 0 {
+                    self.halts_in_guest.store(true, Ordering::Relaxed);
+                }
+                Ok(())
             }
             kvm::KVM_CAP_X86_APIC_BUS_CYCLES_NS => self.set_apic_cycle(argument),
             kvm::KVM_CAP_X2APIC_API => {

@@ -10,8 +10,7 @@ use crate::usercopy::{Plain, read, read_slice, write};
 use crate::vcpu::{Vcpu, XSAVE_WORDS};
 use kvm_bindings::{
     KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_cpuid_entry, kvm_cpuid_entry2, kvm_device_attr,
-    kvm_enable_cap, kvm_interrupt, kvm_pre_fault_memory, kvm_tpr_access_ctl, kvm_translation,
-    kvm_vapic_addr,
+    kvm_interrupt, kvm_pre_fault_memory, kvm_tpr_access_ctl, kvm_translation, kvm_vapic_addr,
 };
 use rustix::io::Errno;
 use std::sync::Arc;
@@ -103,12 +102,8 @@ fn other(vcpu: &Vcpu, request: u64, argument: usize) -> Reply {
         }
         KVM_MEMORY_ENCRYPT_OP => done(vcpu.memory_encrypt_op(argument)),
         KVM_SET_SIGNAL_MASK => set_signal_mask(vcpu, argument),
-        // No vCPU capability can be enabled, and no guest can have enabled kvmclock.
-        KVM_ENABLE_CAP => {
-            let _: kvm_enable_cap = read(argument)?;
-            Err(Errno::INVAL)
-        }
-        KVM_KVMCLOCK_CTRL => Err(Errno::INVAL),
+        KVM_ENABLE_CAP => done(vcpu.enable_cap(&read(argument)?)),
+        KVM_KVMCLOCK_CTRL => done(vcpu.note_stopped()),
         KVM_HAS_DEVICE_ATTR | KVM_GET_DEVICE_ATTR | KVM_SET_DEVICE_ATTR => {
             attribute(vcpu, request, argument)
         }

@@ -117,6 +117,26 @@ impl Address {
 }
 
 impl Message {
+    /// What an interrupt command sends (SDM Vol. 3, "Interrupt Command Register").
+    pub(crate) fn of_command(command: u32, destination: u32) -> Self {
+        const LOGICAL: u32 = 1 << 11;
+        const ASSERT: u32 = 1 << 14;
+        const LEVEL: u32 = 1 << 15;
+        Self {
+            vector: command as u8,
+            delivery: Delivery::from_bits(command >> 8),
+            destination: match command >> 18 & 3 {
+                1 => Destination::Myself,
+                2 => Destination::All,
+                3 => Destination::AllButMyself,
+                _ if command & LOGICAL != 0 => Destination::Logical(destination),
+                _ => Destination::Physical(destination),
+            },
+            level: command & LEVEL != 0,
+            assert: command & ASSERT != 0,
+        }
+    }
+
     /// Whether the message is for an APIC; `own` if that is its sender, and `from_bus` if it comes in
     /// the old format of a bus.
     fn is_for(&self, address: &Address, own: bool, from_bus: bool) -> bool {
@@ -205,6 +225,32 @@ impl Vm {
                 message.give(core, &address, own).into()
             }
             None => 0,
+        }
+    }
+
+    /// Delivers a message of a vCPU to the local APICs whose ids are wanted. How many took it.
+    pub(crate) fn deliver_to(
+        &self,
+        message: &Message,
+        wanted: impl Fn(u32) -> bool,
+        source: &VcpuCore,
+    ) -> u32 {
+        let members = self.members.read();
+        let takes = |core: &&Arc<VcpuCore>| {
+            let address = core.inbox.address();
+            let own = std::ptr::eq(source, Arc::as_ptr(core));
+            address.mode.contains(AddressMode::PRESENT)
+                && wanted(address.id)
+                && message.give(core, &address, own)
+        };
+        members.iter().filter(takes).count() as u32
+    }
+
+    /// Has the vCPU whose local APIC has this id go on, if it halts, now or next.
+    pub(crate) fn unhalt(&self, id: u32) {
+        let members = self.members.read();
+        if let Some(core) = members.iter().find(|core| core.inbox.address().id == id) {
+            core.notify(Ask::UNHALT);
         }
     }
 

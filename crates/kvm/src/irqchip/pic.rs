@@ -218,7 +218,6 @@ impl Pics {
     /// `KVM_SET_IRQCHIP`
     pub(super) fn set_state(&mut self, second: bool, state: &kvm_pic_state) {
         self.chips[usize::from(second)].state = kvm_pic_state {
-            elcr_mask: LEVEL_LINES[usize::from(second)],
             priority_add: state.priority_add & 7,
             ..*state
         };
@@ -258,15 +257,15 @@ impl Pics {
                     }
                 });
                 first.acknowledge(CASCADE);
-                second.state.irq_base + line.unwrap_or(SPURIOUS)
+                second.state.irq_base.wrapping_add(line.unwrap_or(SPURIOUS))
             }
             Some(line) => {
                 if first.acknowledge(line) {
                     self.ended |= 1 << line;
                 }
-                first.state.irq_base + line
+                first.state.irq_base.wrapping_add(line)
             }
-            None => first.state.irq_base + SPURIOUS,
+            None => first.state.irq_base.wrapping_add(SPURIOUS),
         };
         self.update();
         vector

@@ -64,8 +64,7 @@ const IN_PROGRESS: u64 = 1 << 2;
 
 /// What `KVM_X86_GET_MCE_CAP_SUPPORTED` answers: the bits of IA32_MCG_CAP that a program may ask
 /// for besides counts.
-pub(crate) const SUPPORTED: u64 =
-    capability::CONTROL | capability::RECOVERY | capability::SIGNAL;
+pub(crate) const SUPPORTED: u64 = capability::CONTROL | capability::RECOVERY | capability::SIGNAL;
 
 /// The machine-check registers of a vCPU.
 #[derive(Clone, Debug)]
@@ -135,9 +134,7 @@ impl MachineCheck {
             IA32_MCG_CAP => Some(self.capability),
             IA32_MCG_STATUS => Some(self.status),
             IA32_MCG_CTL => (self.has_control() || !from_guest).then_some(self.control),
-            _ if SIGNALS.contains(&index) => {
-                self.signals.get(self.signal_bank(index)?).copied()
-            }
+            _ if SIGNALS.contains(&index) => self.signals.get(self.signal_bank(index)?).copied(),
             _ => {
                 let (bank, register) = self.place(index)?;
                 Some(self.banks.get(bank)?[register])

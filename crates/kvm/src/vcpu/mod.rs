@@ -13,6 +13,7 @@ mod lapic;
 mod machine_check;
 mod msr;
 mod msr_exit;
+mod paravirt;
 mod prefault;
 mod prove_ve;
 mod registers;
@@ -48,9 +49,10 @@ use crate::{cpuid, tsc, usercopy};
 use exit::Answer;
 use inbox::Inbox;
 use kvm_bindings::{
-    KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, kvm_cpuid_entry2, kvm_debugregs, kvm_fpu,
-    kvm_guest_debug, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_sregs2,
-    kvm_translation, kvm_vcpu_events, kvm_xcrs,
+    KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED,
+    kvm_cpuid_entry2, kvm_debugregs, kvm_enable_cap, kvm_fpu, kvm_guest_debug, kvm_lapic_state,
+    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_sregs2, kvm_translation, kvm_vcpu_events,
+    kvm_xcrs,
 };
 use lapic::Lapic;
 use machine_check::MachineCheck;
@@ -115,6 +117,7 @@ pub(crate) struct VcpuState {
     /// The vector of an interrupt that has ended, which the program's I/O APIC is to be told.
     ended: Option<u8>,
     stored_msrs: msr::Stored,
+    paravirt: paravirt::Paravirt,
     machine_check: MachineCheck,
     /// The exception that waits has been injected, rather than being pending.
     exception_injected: bool,
@@ -186,6 +189,7 @@ impl VcpuCore {
             external: None,
             ended: None,
             stored_msrs: msr::Stored::default(),
+            paravirt: paravirt::Paravirt::default(),
             machine_check: MachineCheck::default(),
             exception_injected: false,
             signal_mask: None,
@@ -417,14 +421,19 @@ impl Vcpu {
         if self.vm.td().is_some() {
             return self.set_td_cpuid(table);
         }
+        let mut table = table.to_vec();
+        if self.vm.halts_in_guest() {
+            cpuid::forget_unhalt(&mut table);
+        }
         let mut state = self.state();
-        let differs = || state.current_cpuid(&state.cpuid) != state.current_cpuid(table);
-        if state.has_run && differs() || !cpuid::is_possible(table) {
+        let differs = || state.current_cpuid(&state.cpuid) != state.current_cpuid(&table);
+        if state.has_run && differs() || !cpuid::is_possible(&table) {
             return Err(Errno::INVAL);
         }
-        self.vm.offer_nesting(&self.core, cpuid::is_nested(table))?;
-        state.cpu.set_cpuid(processor_table(table));
-        state.cpuid = table.to_vec();
+        self.vm
+            .offer_nesting(&self.core, cpuid::is_nested(&table))?;
+        state.cpu.set_cpuid(processor_table(&table));
+        state.cpuid = table;
         Ok(())
     }
 
@@ -473,6 +482,9 @@ impl Vcpu {
                 if index == msr::IA32_TSC {
                     state.set_tsc(data, self.vm.tsc_sync());
                     return true;
+                }
+                if let Some(taken) = self.write_paravirt_msr(&mut state, index, data) {
+                    return taken;
                 }
                 match state.write_apic_msr(index, data) {
                     Some(Ok(effect)) => {
@@ -570,6 +582,18 @@ impl Vcpu {
         self.vm
             .tsc_sync()
             .note_offset(state.tsc_khz, offset, msrs.scaled_host_tsc());
+    }
+
+    /// `KVM_ENABLE_CAP` on a vCPU.
+    ///
+    /// # Errors
+    /// `EINVAL` for flags, and for capabilities that a vCPU does not have.
+    pub fn enable_cap(&self, cap: &kvm_enable_cap) -> Result<(), Errno> {
+        if cap.flags != 0 || cap.cap != KVM_CAP_ENFORCE_PV_FEATURE_CPUID {
+            return Err(Errno::INVAL);
+        }
+        self.state().paravirt.enforced = cap.args[0] != 0;
+        Ok(())
     }
 
     /// `KVM_SET_SIGNAL_MASK`: the signals that are blocked while the vCPU runs, or `None` for the

@@ -1,17 +1,15 @@
 //! Model-specific registers: `KVM_GET_MSRS`, `KVM_SET_MSRS`, and RDMSR and WRMSR of the guest.
 
-use super::VcpuState;
 use super::chipset_msr;
 use super::lapic::Lapic;
 use super::lapic::{self, Effect, Refused};
 use super::machine_check::{IA32_MCG_CTL, IA32_MCG_STATUS, MachineCheck};
+use super::{VcpuState, paravirt};
 use crate::tsc::Sync;
 use twofold_cpu::Msrs;
 use twofold_cpu::state::{cr0, cr4, efer};
 
 pub(super) const IA32_TSC: u32 = 0x10;
-const KVM_WALL_CLOCK: u32 = 0x11;
-const KVM_SYSTEM_TIME: u32 = 0x12;
 const IA32_PLATFORM_ID: u32 = 0x17;
 const IA32_APIC_BASE: u32 = 0x1b;
 const IA32_BIOS_SIGN_ID: u32 = 0x8b;
@@ -70,6 +68,11 @@ pub(crate) static SAVED: &[u32] = &[
     IA32_PAT,
     IA32_POWER_CTL,
     IA32_TSC_DEADLINE,
+    paravirt::OLD_WALL_CLOCK,
+    paravirt::OLD_SYSTEM_TIME,
+    paravirt::WALL_CLOCK,
+    paravirt::SYSTEM_TIME,
+    paravirt::STEAL_TIME,
     MSR_HWCR,
     MSR_PLATFORM_INFO,
     IA32_MISC_ENABLE,
@@ -215,7 +218,6 @@ impl VcpuState {
                 lapic.read_msr(index, self.cpu.cr8())?
             }
             IA32_PLATFORM_ID | IA32_DEBUGCTL => 0,
-            KVM_WALL_CLOCK | KVM_SYSTEM_TIME if !from_guest => 0,
             _ if MachineCheck::owns(index) => self.machine_check.read(index, from_guest)?,
             // Eight variable ranges, the fixed ranges, write-combining.
             IA32_MTRRCAP => 0x508,
@@ -232,7 +234,10 @@ impl VcpuState {
             IA32_GS_BASE => system.gs.base,
             IA32_KERNEL_GS_BASE => msrs.kernel_gs_base,
             IA32_TSC_AUX => msrs.tsc_aux,
-            _ => match feature(index).or_else(|| chipset_msr::value(index)) {
+            _ => match feature(index)
+                .or_else(|| chipset_msr::value(index))
+                .or_else(|| self.paravirt_msr(index))
+            {
                 Some(value) => value,
                 None => *self.stored_msrs.slot(index)?,
             },
@@ -273,9 +278,6 @@ impl VcpuState {
                     .machine_check
                     .write(index, value, from_guest, status_writable);
             }
-            // There is no kvmclock, but programs reset these registers without asking whether there
-            // is.
-            KVM_WALL_CLOCK | KVM_SYSTEM_TIME => return !from_guest && value == 0,
             _ if chipset_msr::ignores_write(index, value) => return true,
             _ => {}
         }

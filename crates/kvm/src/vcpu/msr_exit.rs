@@ -64,6 +64,9 @@ impl Vcpu {
 
     /// Has the guest's value written. Whether the register takes it.
     pub(super) fn accept_msr(&self, state: &mut VcpuState, index: u32, value: u64) -> bool {
+        if let Some(taken) = self.write_paravirt_msr(state, index, value) {
+            return taken;
+        }
         match state.write_apic_msr(index, value) {
             Some(Ok(effect)) => {
                 self.carry_out(state, effect);

@@ -37,6 +37,7 @@ impl VcpuState {
             dr7: 0x400,
         });
         self.cpu.set_events(&Events::default());
+        self.paravirt.forget_clock();
         self.external = None;
         self.unhalted = false;
         if let Some(lapic) = &mut self.lapic {

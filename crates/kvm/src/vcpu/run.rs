@@ -121,6 +121,9 @@ impl Vcpu {
                 state.cpu.set_cr8(cr8);
             }
         }
+        if state.paravirt.is_used() {
+            self.update_paravirt(state);
+        }
         Ok(self.take_answer(state))
     }
 

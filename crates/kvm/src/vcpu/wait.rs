@@ -17,7 +17,7 @@ impl Vcpu {
     /// The guest halts. It is the program that waits, unless the local APIC is ours.
     pub(super) fn halt(&self, state: &mut VcpuState) -> Result<Next, Errno> {
         self.core.counters.halt_exits.increment();
-        if self.vm.irqchip_model() == Model::None {
+        if self.vm.irqchip_model() == Model::None && !self.vm.halts_in_guest() {
             self.core.run.set_exit_reason(KVM_EXIT_HLT);
             return Ok(Next::Return(KVM_EXIT_HLT));
         }
@@ -79,8 +79,15 @@ impl Vcpu {
     /// Meets what others have asked of the vCPU since it looked last.
     #[inline]
     pub(super) fn meet_requests(&self, state: &mut VcpuState) {
-        if self.core.inbox.is_asked() && self.take_requests(state).contains(Ask::ALARM) {
+        if !self.core.inbox.is_asked() {
+            return;
+        }
+        let asked = self.take_requests(state);
+        if asked.contains(Ask::ALARM) {
             self.set_alarm(state);
+        }
+        if asked.intersects(Ask::ALARM | Ask::CLOCK) && state.paravirt.is_used() {
+            self.update_paravirt(state);
         }
     }
 

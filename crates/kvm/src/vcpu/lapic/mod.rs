@@ -397,21 +397,8 @@ impl Lapic {
 
     /// What a command sends. The message of one that only names its sender arrives at once.
     fn send(&mut self, command: u32, destination: u32) -> Effect {
-        let destination = match command >> 18 & 3 {
-            1 => Destination::Myself,
-            2 => Destination::All,
-            3 => Destination::AllButMyself,
-            _ if command & command::LOGICAL != 0 => Destination::Logical(destination),
-            _ => Destination::Physical(destination),
-        };
-        let message = Message {
-            vector: command as u8,
-            delivery: Delivery::from_bits(command >> 8),
-            destination,
-            level: command & command::LEVEL != 0,
-            assert: command & command::ASSERT != 0,
-        };
-        if destination == Destination::Myself && message.delivery == Delivery::Fixed {
+        let message = Message::of_command(command, destination);
+        if message.destination == Destination::Myself && message.delivery == Delivery::Fixed {
             self.request(message.vector, message.level);
             return Effect::None;
         }

@@ -62,9 +62,6 @@ pub(super) fn local_vector_bits(at: usize) -> Option<u32> {
 /// Fields of the interrupt command.
 pub(super) mod command {
     pub(in super::super) const BUSY: u32 = 1 << 12;
-    pub(in super::super) const LOGICAL: u32 = 1 << 11;
-    pub(in super::super) const ASSERT: u32 = 1 << 14;
-    pub(in super::super) const LEVEL: u32 = 1 << 15;
     /// Reserved in x2APIC mode: bits 31:20, 17:16 and 13.
     pub(in super::super) const RESERVED: u32 = 0xfff0_0000 | 3 << 16 | 1 << 13;
 }

@@ -171,8 +171,9 @@ impl Lapic {
                 let periodic = self.timer_mode() == MODE_PERIODIC;
                 let period = self.period().max(1);
                 // Periods that nobody was there for have passed.
+                let periods = (now - expires) / period + 1;
                 self.timer.expires =
-                    periodic.then(|| expires + ((now - expires) / period + 1) * period);
+                    periodic.then(|| expires.saturating_add(periods.saturating_mul(period)));
             }
             expired.is_some()
         };

@@ -157,8 +157,8 @@ impl Vcpu {
 
     /// A hypercall of KVM's own: the number in R10, arguments in R11 to R14, the result in R10.
     fn vendor_call(&self, state: &mut VcpuState, call: Call) -> Next {
-        let arguments = [call.get(R11), call.get(R12), call.get(R13)];
-        match self.emulate_hypercall(call.get(R10), arguments, true) {
+        let arguments = [R11, R12, R13, R14].map(|register| call.get(register));
+        match self.emulate_hypercall(state, call.get(R10), arguments, true) {
             Some(result) => {
                 call.finish_with(state, result);
                 Next::Enter
