@@ -36,7 +36,7 @@ interleavings: ## interleavings: loom on the small protocols, shuttle on the who
 	RUSTFLAGS="--cfg shuttle" CARGO_PROFILE_RELEASE_LTO=off $(CARGO) test --quiet --release \
 		-p twofold-mmu --test interleavings --target-dir target/shuttle
 
-conformance: build ## KVM's own selftests and the tests of kvm-ioctls, unmodified
+conformance: build ## KVM's own selftests, the tests of kvm-ioctls, and guests of Debian's QEMU
 	conformance/selfcheck.sh
 	conformance/run.sh --if-available
 

@@ -426,8 +426,8 @@ begin64:
         jnz     1b
 2:      cmp     dword ptr [ARRIVED], 1
         check   e, "INIT and a start-up interrupt bring the second processor to 64-bit mode"
-        # Both throw a ball a thousand times.
-        mov     ecx, 1000
+        # Both throw a ball a hundred times.
+        mov     ecx, 100
         mov     rdx, 20000000000
 1:      mov     eax, 0
         mov     esi, 1
