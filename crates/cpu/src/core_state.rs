@@ -11,7 +11,7 @@ use crate::memory::Memory;
 use crate::mode::Mode;
 use crate::state::{
     Counters, CpuidEntry, DebugControl, DebugRegisters, Events, FpuState, Msrs, Segment,
-    TableRegister, cr0, efer, rflags,
+    TableRegister, rflags,
 };
 use crate::trap::{Exception, Exit, Trap, vector};
 use std::sync::Arc;
@@ -240,63 +240,9 @@ impl Core {
         self.exit = exit;
         Trap::Exit
     }
-
-    /// IA32_EFER.LMA: long mode, 64-bit or compatibility.
-    pub(crate) fn long_mode(&self) -> bool {
-        self.efer & efer::LMA != 0
-    }
-
-    /// Running 64-bit code.
-    pub(crate) fn code64(&self) -> bool {
-        self.long_mode() && self.segment[usize::from(seg::CS)].long
-    }
-
-    /// CR0.PE is clear.
-    pub(crate) fn real_mode(&self) -> bool {
-        self.cr0 & cr0::PE == 0
-    }
-
-    /// RFLAGS.VM is set in protected mode.
-    pub(crate) fn virtual_8086(&self) -> bool {
-        self.flags.system() & rflags::VM != 0
-    }
 }
 
 impl Core {
-    /// Works out everything that is derived from control registers, CS, SS and the privilege
-    /// level. To be called whenever one of them changed.
-    pub(crate) fn update_mode(&mut self) {
-        self.user = self.cpl == 3;
-        let cs = &self.segment[usize::from(seg::CS)];
-        let code64 = self.long_mode() && cs.long;
-        let sse = self.cr0 & (cr0::EM | cr0::TS) == 0 && self.cr4 & crate::state::cr4::OSFXSR != 0;
-        let protected = !self.real_mode() && !self.virtual_8086();
-        let single = self.wants_single();
-        self.mode = Mode::default()
-            .with(Mode::CODE64, code64)
-            .with(Mode::CODE32, !code64 && cs.big)
-            .with(
-                Mode::STACK32,
-                !code64 && self.segment[usize::from(seg::SS)].big,
-            )
-            .with(Mode::USER, self.user)
-            .with(Mode::SSE, sse)
-            .with(
-                Mode::AVX,
-                protected && self.avx_is_enabled() && self.cr0 & cr0::TS == 0,
-            )
-            .with(Mode::TASK_SWITCHED, self.cr0 & cr0::TS != 0)
-            .with(Mode::PROTECTED, protected)
-            .with(Mode::SINGLE, single);
-        for i in 0..self.segment.len() {
-            self.update_segment(i);
-        }
-        self.update_context();
-        self.update_rights();
-        // What follows in the block may mean something else now.
-        self.stop = true;
-    }
-
     /// Works out base and windows of one segment for data accesses.
     pub(crate) fn update_segment(&mut self, i: usize) {
         const EMPTY: Window = Window { low: 1, high: 0 };

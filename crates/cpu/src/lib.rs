@@ -11,15 +11,26 @@
 //! The processors of one virtual machine share a [`Machine`]; other threads reach a running
 //! processor only through its [`Line`].
 //!
-//! Where things are: bytes become operations in `decode` (`form` looks at an instruction, `op` is
-//! what it becomes, `fuse` joins two) and are kept by `blocks`; `execute` runs them for `cpu`, the
-//! hypervisor's side. What an instruction computes is in `alu`, `shifts`, `muldiv`, `decimal`, `bits` and
-//! `simd` as functions over plain values; `integer`, `stack`, `control`, `strings` and `io` fetch
-//! their operands and store their results. `segments`, `far` and `events` know descriptors, far
-//! transfers, exceptions and interrupts; `gates` and `virtual8086` two chapters of them; `breakpoints` the debug registers; `control_registers`, `msr`, `tables`, `syscall`,
-//! `system_flags`, `protection_keys`, `xsave`, `random`, `system`, `td` and `cpuid` are the
-//! system instructions, `x87` the unit of that name. `memory` translates and
-//! accesses.
+//! # Where things are
+//!
+//! - *Decoding*: `decode` makes operations of bytes (`form` looks at an instruction, `op` is what it
+//!   becomes, `fuse` joins two, `features` says which instructions there are); `blocks` keeps them.
+//! - *Executing*: `execute` runs blocks and settles what comes between them.
+//! - *What instructions compute*, as functions over plain values: `alu`, `shifts`, `muldiv`,
+//!   `decimal`, `bits`, `flags`, `int`; `simd` for vectors and MMX, `x87` for that unit.
+//! - *What they do it to*: `integer`, `stack`, `control`, `strings` and `io` fetch operands and store
+//!   results.
+//! - *Modes*: `mode`; `reset` is where a processor begins.
+//! - *Segments and far transfers*: `segments`, `tables`, `far`, `gates`, `virtual8086`, `syscall`.
+//! - *Events*: `events` delivers exceptions and interrupts; `breakpoints` has the debug registers, `trap`
+//!   the ways out of an instruction.
+//! - *System instructions*: `control_registers`, `msr`, `system_flags`, `protection_keys`, `xsave`,
+//!   `random`, `time`, `cpuid`, `td`, and `system` for those that are few of a kind.
+//! - *Memory access*: `memory` translates (`stage1` by the guest's tables, `stage2` by the
+//!   hypervisor's, `tlb` keeps both), accesses (`data`, `span`, `mmio`), and notices code that changes
+//!   (`fetch`, `code`).
+//! - *The hypervisor's side*: `cpu` and `state`; `machine` and `line` for several processors, `barrier`
+//!   for their threads. `core_state` is all that an instruction can touch.
 
 mod alu;
 mod barrier;
@@ -53,6 +64,7 @@ mod muldiv;
 mod op;
 mod protection_keys;
 mod random;
+mod reset;
 mod segments;
 mod shifts;
 mod simd;

@@ -4,16 +4,17 @@
 //! taken if the decoder finds that form in them: so every way to encode a form turns up. Registers
 //! are then chosen so that each memory operand, explicit or implied, lies where the case wants it.
 
+use crate::areas::{
+    self, fill_area, fill_legacy_area, is_legacy_restore, is_restore, place_area, place_whole,
+};
 use crate::encoding::encode;
 use crate::native::plain_registers;
 use crate::rng::Rng;
-use crate::state::{
-    CODE, CODE_BYTES, Case, DATA, DATA_BYTES, GS_BASE, NOWHERE, RSP, Registers, SUMMARY, flag,
-};
+use crate::state::{CODE, CODE_BYTES, Case, DATA, DATA_BYTES, GS_BASE, NOWHERE, RSP, flag};
+use crate::units::{is_floating, is_mmx, is_x87, prepare_x87};
 use iced_x86::{
     Code, CpuidFeature, Decoder, DecoderOptions, EncodingKind, FlowControl, Instruction,
-    InstructionInfoFactory, MemorySize, Mnemonic, OpCodeInfo, OpCodeTableKind, OpKind, Register,
-    UsedMemory,
+    InstructionInfoFactory, MemorySize, Mnemonic, OpCodeInfo, OpKind, Register, UsedMemory,
 };
 
 /// Makes cases.
@@ -83,7 +84,7 @@ impl Generator {
         registers.st = std::array::from_fn(|_| rng.integers() >> 48);
         registers.fsw = rng.next() as u16 & 0x3800;
         registers.ftw = rng.next() as u8;
-        if is_x87(&instruction) {
+        if is_x87(&instruction) || is_mmx(&instruction) && rng.chance(30) {
             prepare_x87(&mut registers, rng);
         }
         if floating && rng.chance(30) {
@@ -187,7 +188,7 @@ impl Generator {
             }
             // Others the host may have and Twofold not.
             M::Xrstor | M::Xrstor64 => {
-                gpr[0] &= area::COMPONENTS;
+                gpr[0] &= areas::COMPONENTS;
                 gpr[2] = 0;
             }
             M::Cmpxchg if instruction.op0_kind() == OpKind::Register && rng.chance(50) => {
@@ -214,7 +215,7 @@ impl Generator {
         let mut fixed: Vec<Register> = Vec::new();
         for memory in used {
             let size = match memory.memory_size().size() as u64 {
-                _ if restores => area::BYTES,
+                _ if restores => areas::BYTES,
                 0 => 16,
                 size => size,
             };
@@ -506,97 +507,8 @@ pub fn operand_address(case: &Case, instruction: &Instruction) -> Option<u64> {
     })
 }
 
-/// The area that XRSTOR reads.
-mod area {
-    pub const MXCSR: u64 = 24;
-    pub const HEADER: u64 = 512;
-    /// With the AVX component.
-    pub const BYTES: u64 = 832;
-    /// With all that a host may have.
-    pub const ROOM: u64 = 0xb00;
-    /// x87, SSE and AVX: what both sides have enabled.
-    pub const COMPONENTS: u64 = 7;
-    pub const COMPACTED: u64 = 1 << 63;
-}
-
-/// Of what it restores, processors read more than they use.
-fn is_legacy_restore(instruction: &Instruction) -> bool {
-    matches!(
-        instruction.mnemonic(),
-        Mnemonic::Fxrstor | Mnemonic::Fxrstor64
-    )
-}
-
-fn is_restore(instruction: &Instruction) -> bool {
-    matches!(
-        instruction.mnemonic(),
-        Mnemonic::Xrstor | Mnemonic::Xrstor64
-    )
-}
-
-/// Where an area lies if an operand would lie at `target`: on a boundary of 64 bytes, and either in
-/// memory or not. In an area that ends outside memory, processors touch what they like first.
-fn place_area(target: u64, rng: &mut Rng) -> u64 {
-    let aligned = if rng.chance(97) { target & !63 } else { target };
-    place_whole(aligned, area::ROOM)
-}
-
-/// Where `bytes` lie if they would begin at `target`, and are all in memory or all outside.
-fn place_whole(target: u64, bytes: u64) -> u64 {
-    let last = DATA + DATA_BYTES as u64 - bytes;
-    if (DATA..DATA + DATA_BYTES as u64).contains(&target) {
-        target.min(last)
-    } else if target.wrapping_add(bytes) > DATA && target < DATA {
-        DATA
-    } else {
-        target
-    }
-}
-
-/// Makes what FXRSTOR reads: any x87 control, status and tag word, pointers that are addresses, and
-/// an MXCSR that is nearly always valid.
-fn fill_legacy_area(case: &mut Case, target: u64, rng: &mut Rng) {
-    let x87 = rng.next() & 0x07ff_00ff_ffff_ffff;
-    patch(case, target, &x87.to_le_bytes());
-    for pointer in [8, 16] {
-        let value = rng.next() >> 17;
-        patch(case, target.wrapping_add(pointer), &value.to_le_bytes());
-    }
-    let mut mxcsr = rng.next() as u32 & 0xffff;
-    if rng.chance(3) {
-        mxcsr |= 1 << 16;
-    }
-    patch(case, target.wrapping_add(area::MXCSR), &mxcsr.to_le_bytes());
-}
-
-/// Makes an area to restore from, with a header that is nearly always valid.
-fn fill_area(case: &mut Case, target: u64, rng: &mut Rng) {
-    fill_legacy_area(case, target, rng);
-    let mut layout = 0;
-    let mut present = rng.next() & area::COMPONENTS;
-    if rng.chance(40) {
-        layout = area::COMPACTED | present | rng.next() & area::COMPONENTS;
-    }
-    if rng.chance(3) {
-        // A bit of no component that a host may have, or the format.
-        layout ^= 1 << (20 + rng.below(44));
-    }
-    if rng.chance(3) {
-        present ^= 1 << 62;
-    }
-    let mut header = [0; 8];
-    (header[0], header[1]) = (present, layout);
-    if rng.chance(6) {
-        header[2 + rng.below(6) as usize] = 1 << rng.below(64);
-    }
-    for (at, word) in (0..).step_by(8).zip(header) {
-        let place = target.wrapping_add(area::HEADER + at);
-        patch(case, place, &word.to_le_bytes());
-    }
-}
-
 /// Puts bytes over the data's pattern, as far as they lie in it.
-fn patch(case: &mut Case, address: u64, bytes: &[u8]) {
+pub fn patch(case: &mut Case, address: u64, bytes: &[u8]) {
     for (i, byte) in bytes.iter().enumerate() {
         let offset = address.wrapping_add(i as u64).wrapping_sub(DATA);
         if offset < DATA_BYTES as u64 {
@@ -658,71 +570,4 @@ fn is_32bit_count(instruction: &Instruction) -> bool {
                 OpKind::MemorySegESI | OpKind::MemoryESEDI | OpKind::MemorySegEDI
             )
         })
-}
-
-/// Whether an instruction depends on the x87 unit.
-pub fn is_x87(instruction: &Instruction) -> bool {
-    let op = instruction.op_code();
-    let opcode = if op.op_code_len() == 2 {
-        op.op_code() >> 8
-    } else {
-        op.op_code()
-    };
-    op.table() == OpCodeTableKind::Normal && matches!(opcode, 0xd8..=0xdf)
-        || matches!(
-            instruction.mnemonic(),
-            Mnemonic::Wait
-                | Mnemonic::Fxsave
-                | Mnemonic::Fxsave64
-                | Mnemonic::Fxrstor
-                | Mnemonic::Fxrstor64
-        )
-}
-
-/// The x87 unit in any state that it can be in.
-fn prepare_x87(registers: &mut Registers, rng: &mut Rng) {
-    const MASKS: u16 = 0x3f;
-    registers.st = std::array::from_fn(|_| rng.extended());
-    if rng.chance(40) {
-        // What arithmetic mostly sees: no register empty.
-        registers.ftw = 0xff;
-    }
-    // Rounding, precision and infinity control; all exceptions masked, or some.
-    registers.fcw = 0x40 | rng.next() as u16 & 0x1f00 | MASKS;
-    if rng.chance(40) {
-        registers.fcw &= rng.next() as u16 | !MASKS;
-    }
-    // The top of the stack, condition codes, and sticky flags; those of unmasked exceptions are set
-    // now and then, so that one waits.
-    registers.fsw = rng.next() as u16 & 0x7f00;
-    if rng.chance(30) {
-        let flags = rng.next() as u16 & (MASKS | 1 << 6);
-        let waits = flags & !registers.fcw & MASKS;
-        registers.fsw |= if rng.chance(30) {
-            flags
-        } else {
-            flags & !waits
-        };
-    }
-    if registers.fsw & !registers.fcw & MASKS != 0 {
-        registers.fsw |= SUMMARY;
-    }
-    registers.fop = rng.next() as u16 & 0x7ff;
-    registers.fip = rng.next() >> 17;
-    registers.fdp = rng.next() >> 17;
-}
-
-/// Whether an instruction's vector operands are floating-point numbers.
-fn is_floating(instruction: &Instruction) -> bool {
-    let text = format!("{:?}", instruction.mnemonic()).to_lowercase();
-    let text = text.strip_prefix('v').unwrap_or(&text);
-    let integer = text.starts_with('p') || text.starts_with("mov");
-    let ends = ["ss", "sd", "ps", "pd"]
-        .iter()
-        .any(|end| text.ends_with(end));
-    !integer && (ends || text.starts_with("cvt"))
-        || matches!(
-            text,
-            "movss" | "movsd" | "movddup" | "movshdup" | "movsldup"
-        )
 }

@@ -7,6 +7,7 @@
 #![cfg(all(target_arch = "x86_64", target_os = "linux"))]
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
 
+mod areas;
 mod coverage;
 mod encoding;
 mod exclusions;
@@ -19,6 +20,7 @@ mod state;
 #[path = "../support/mod.rs"]
 mod support;
 mod undefined;
+mod units;
 mod verdict;
 
 use forms::Generator;

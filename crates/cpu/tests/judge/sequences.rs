@@ -2,9 +2,10 @@
 //! processor joins them.
 
 use crate::exclusions;
-use crate::forms::{self, Generator};
+use crate::forms::Generator;
 use crate::rng::Rng;
 use crate::state::{CODE, CODE_BYTES, Case, flag};
+use crate::units;
 use crate::verdict;
 use iced_x86::{
     Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic,
@@ -45,7 +46,7 @@ impl Sequences {
     /// Of instructions of the x87 unit, among which those that set RFLAGS are more frequent. What one
     /// leaves in the unit the next finds there, an exception included.
     pub fn x87(bitness: u32) -> Self {
-        Self::of(bitness, forms::is_x87, |mnemonic| {
+        Self::of(bitness, units::is_x87, |mnemonic| {
             use Mnemonic as M;
             matches!(mnemonic, M::Fcomi | M::Fcomip | M::Fucomi | M::Fucomip)
         })
