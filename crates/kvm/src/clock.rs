@@ -45,7 +45,7 @@ impl Rate {
             shift @ 0.. => ticks.wrapping_shl(shift.unsigned_abs().into()),
             shift => ticks >> shift.unsigned_abs(),
         };
-        (u128::from(ticks) * u128::from(self.multiplier) >> 32) as u64
+        ((u128::from(ticks) * u128::from(self.multiplier)) >> 32) as u64
     }
 }
 

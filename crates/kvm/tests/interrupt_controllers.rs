@@ -475,7 +475,7 @@ fn the_guests_clock_is_kvms_and_its_page_becomes_dirty() {
     assert_eq!(cpu.run(), Ok(KVM_EXIT_IO));
     let word = |at: usize| machine.memory.read::<u64>(at);
     let version = machine.memory.read::<u32>(0x5000);
-    assert!(version != 0 && version % 2 == 0, "{version}");
+    assert!(version != 0 && version.is_multiple_of(2), "{version}");
     assert_eq!(machine.memory.read::<u8>(0x501d), 1, "stable");
     assert_eq!(machine.memory.read::<u32>(0x7048) % 2, 0);
     // The day on which the VM's clock was 0 is today.

@@ -164,33 +164,6 @@ fn a_guest_without_memory_is_an_internal_error() {
 }
 
 #[test]
-fn a_guest_that_waits_for_the_interrupt_controller_does_not_hang() {
-    let kvm = Fd::open();
-    let vm = kvm.descriptor(KVM_CREATE_VM, 0);
-    assert_eq!(vm.call(KVM_CREATE_IRQCHIP, 0), Ok(0));
-    let memory = Memory::new(0x1000);
-    memory.write(0, 0xf4_u8);
-    assert_eq!(
-        vm.set(
-            KVM_SET_USER_MEMORY_REGION,
-            region(0, CODE, 0x1000, memory.address())
-        ),
-        Ok(0)
-    );
-    let vcpu = vm.descriptor(KVM_CREATE_VCPU, 0);
-    let run = Memory::of_vcpu(&vcpu);
-    let guest = Guest {
-        vcpu,
-        run,
-        vm,
-        memory,
-        kvm,
-    };
-    guest.start();
-    assert_eq!(guest.run(), Ok(KVM_EXIT_INTERNAL_ERROR));
-}
-
-#[test]
 fn writes_to_a_coalesced_port_do_not_leave_the_guest() {
     let guest = Guest::new(&[0xe6, 0x2c, 0xf4, 0xe6, 0x2c, 0xf4]); // out 0x2c, al; hlt; twice
     let mut zone = kvm_coalesced_mmio_zone {

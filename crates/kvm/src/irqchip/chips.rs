@@ -7,7 +7,7 @@ use super::message::Message;
 use super::pic::Pics;
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_ioapic_state,
-    kvm_ioapic_state__bindgen_ty_1, kvm_irqchip, kvm_irqchip__bindgen_ty_1,
+    kvm_ioapic_state__bindgen_ty_1, kvm_irqchip,
 };
 use rustix::io::Errno;
 
@@ -35,38 +35,27 @@ fn hold(sources: &mut u8, source: Source, level: bool) -> bool {
 impl Chips {
     /// `KVM_GET_IRQCHIP`: `EINVAL` for an unknown one.
     pub(super) fn state(&self, id: u32) -> Result<kvm_irqchip, Errno> {
-        let chip = match id {
-            KVM_IRQCHIP_PIC_MASTER | KVM_IRQCHIP_PIC_SLAVE => kvm_irqchip__bindgen_ty_1 {
-                pic: self.pics.state(id == KVM_IRQCHIP_PIC_SLAVE),
-            },
-            KVM_IRQCHIP_IOAPIC => kvm_irqchip__bindgen_ty_1 {
-                ioapic: kvm_ioapic_state {
+        // The bytes behind a member of the union are the program's to see; so they are zero.
+        let mut state = kvm_irqchip {
+            chip_id: id,
+            ..kvm_irqchip::default()
+        };
+        match id {
+            KVM_IRQCHIP_PIC_MASTER | KVM_IRQCHIP_PIC_SLAVE => {
+                state.chip.pic = self.pics.state(id == KVM_IRQCHIP_PIC_SLAVE);
+            }
+            KVM_IRQCHIP_IOAPIC => {
+                let entries = self.ioapic.entries;
+                state.chip.ioapic = kvm_ioapic_state {
                     base_address: super::ioapic::ADDRESS,
                     ioregsel: self.ioapic.select,
                     id: self.ioapic.id,
                     irr: self.ioapic.irr,
                     pad: 0,
-                    redirtbl: self
-                        .ioapic
-                        .entries
-                        .map(|bits| kvm_ioapic_state__bindgen_ty_1 { bits }),
-                },
-            },
-            _ => return Err(Errno::INVAL),
-        };
-        // The bytes behind a member are the program's to see; so they are zero.
-        let mut state = kvm_irqchip::default();
-        state.chip_id = id;
-        // UNSAFETY: copies the smaller member of a union over a larger one that is zero.
-        #[expect(unsafe_code)]
-        // SAFETY: both places are as large as the member, which consists of integers without padding.
-        unsafe {
-            let to = &raw mut state.chip;
-            if id == KVM_IRQCHIP_IOAPIC {
-                (&raw mut (*to).ioapic).write(chip.ioapic);
-            } else {
-                (&raw mut (*to).pic).write(chip.pic);
+                    redirtbl: entries.map(|bits| kvm_ioapic_state__bindgen_ty_1 { bits }),
+                };
             }
+            _ => return Err(Errno::INVAL),
         }
         Ok(state)
     }

@@ -70,7 +70,12 @@ impl Vcpu {
         }
         let open = state.cpu.interrupt_window_open();
         let interrupts = state.cpu.interrupts_enabled();
-        let ready = open || self.vm.irqchip_model() == Model::Kernel;
+        let ready = match self.vm.irqchip_model() {
+            Model::None => open,
+            // Interrupts of the program's PICs come beside those of the local APIC.
+            Model::Split => open && state.takes_external(),
+            Model::Kernel => true,
+        };
         match state.td {
             None => page.set_summary(ready, interrupts, state.cpu.cr8(), state.apic_base),
             // The flags and the task priority of a trust domain are its own.
@@ -187,6 +192,7 @@ impl Vcpu {
                 return Ok(KVM_EXIT_DIRTY_RING_FULL);
             }
             if state.lapic.is_some()
+                && !immediate
                 && let Some(reason) = self.before_entry(state)?
             {
                 return Ok(reason);

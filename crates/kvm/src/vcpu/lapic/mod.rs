@@ -59,6 +59,8 @@ pub(super) struct Lapic {
     /// MCG_CAP has CMCI_P: there is a local vector for it.
     machine_checks: bool,
     state: Box<kvm_lapic_state>,
+    /// Whether any interrupt is requested: most often there is none to look for.
+    is_requested: bool,
     timer: Timer,
     inbox: Arc<Inbox>,
 }
@@ -72,6 +74,7 @@ impl Lapic {
             base,
             machine_checks: false,
             state: Box::new(kvm_lapic_state::default()),
+            is_requested: false,
             timer: Timer::new(cycle),
             inbox,
         };
@@ -91,6 +94,7 @@ impl Lapic {
             self.get(register::LOGICAL_DESTINATION),
         );
         *self.state = kvm_lapic_state::default();
+        self.is_requested = false;
         self.stop_timer();
         self.set(register::ID, id);
         if self.is_x2apic() {
@@ -160,6 +164,7 @@ impl Lapic {
         }
         self.collect();
         *self.state = *state;
+        self.is_requested = true;
         self.set_version();
         if self.is_x2apic() {
             self.set_x2apic_id();
@@ -251,6 +256,7 @@ impl Lapic {
             if edge | level == 0 {
                 continue;
             }
+            self.is_requested = true;
             for half in 0..2 {
                 let offset = 16 * (2 * i + half);
                 let (edge, level) = ((edge >> (32 * half)) as u32, (level >> (32 * half)) as u32);
@@ -316,7 +322,7 @@ impl Lapic {
     }
 
     fn requested(&self) -> Option<u8> {
-        if !self.is_present() || !self.is_enabled() {
+        if !self.is_requested || !self.is_present() || !self.is_enabled() {
             return None;
         }
         self.highest(register::REQUESTED)
@@ -326,6 +332,7 @@ impl Lapic {
     pub(super) fn accept(&mut self, vector: u8) {
         self.mark(register::REQUESTED, vector, false);
         self.mark(register::IN_SERVICE, vector, true);
+        self.is_requested = self.highest(register::REQUESTED).is_some();
     }
 
     /// The value of a register; `cr8` is the processor's.
@@ -408,6 +415,7 @@ impl Lapic {
     /// An interrupt arrives.
     fn request(&mut self, vector: u8, level: bool) {
         if self.is_enabled() {
+            self.is_requested = true;
             self.mark(register::REQUESTED, vector, true);
             self.mark(register::TRIGGER_MODE, vector, level);
         }
