@@ -138,7 +138,8 @@ impl Core {
             let i = usize::from(register);
             let segment = &self.segment[i];
             let conforming_code = segment.kind & 0xc == 0xc;
-            if !segment.unusable && segment.dpl < self.cpl && !conforming_code {
+            // A null selector loses its requested level too.
+            if segment.unusable || segment.dpl < self.cpl && !conforming_code {
                 let selector = 0;
                 self.segment[i] = Segment {
                     base: segment.base,
@@ -326,7 +327,10 @@ fn interrupt_return<T: Int>(core: &mut Core, _op: &Op) -> Result<(), Trap> {
         core.after_interrupt_return();
         return Ok(());
     }
-    let mask = changeable_flags::<T>(core) | loads_resume;
+    let mut mask = changeable_flags::<T>(core) | loads_resume;
+    if core.cpl == 0 && T::BITS > 16 {
+        mask |= rflags::VIF | rflags::VIP;
+    }
     let (descriptor, cpl) = core.code_descriptor(selector, true)?;
     if cpl == core.cpl && !core.mode.has(Mode::CODE64) {
         core.enter_code(descriptor, selector, cpl, ip)?;

@@ -78,9 +78,6 @@ impl Core {
         if !code.is_code() || code.dpl() > self.cpl || (long && !is_64) {
             return Err(self.selector_fault(vector::GP, code_selector));
         }
-        if !code.present() {
-            return Err(self.selector_fault(vector::NP, code_selector));
-        }
         Ok(Gate {
             target,
             selector: code_selector,
@@ -95,11 +92,22 @@ impl Core {
         if !gate.code.is_conforming() && gate.code.dpl() != self.cpl {
             return Err(self.selector_fault(vector::GP, gate.selector));
         }
+        self.check_presence(&gate)?;
         self.enter_code(gate.code, gate.selector, self.cpl, gate.target)
+    }
+
+    /// #NP if the code is not there: looked at after everything about privilege.
+    fn check_presence(&mut self, gate: &Gate) -> Result<(), Trap> {
+        if gate.code.present() {
+            Ok(())
+        } else {
+            Err(self.selector_fault(vector::NP, gate.selector))
+        }
     }
 
     /// CALL through a gate, to return to `return_ip`. Nothing has changed if this fails.
     pub(crate) fn call_through(&mut self, gate: Gate, return_ip: u64) -> Result<(), Trap> {
+        self.check_presence(&gate)?;
         let inner = !gate.code.is_conforming() && gate.code.dpl() < self.cpl;
         let cpl = if inner { gate.code.dpl() } else { self.cpl };
         let old_stack = self.segment[usize::from(seg::SS)];

@@ -51,11 +51,10 @@ pub(crate) fn select(form: &Form) -> Option<Handler> {
         },
         (M::Arpl, Kind::Mem, _) => |core, op| {
             core.require_protected()?;
-            let linear = Segmented::for_read(core, op, 2)?;
+            // The segment has to be writable in any case (SDM Vol. 2, "ARPL": #GP).
+            let linear = Segmented::for_write(core, op, 2)?;
             let selector: u16 = core.load(linear)?;
             if let Some(adjusted) = adjust_level(core, op, selector) {
-                // Only what is changed has to be writable.
-                let linear = Segmented::for_write(core, op, 2)?;
                 core.store(linear, adjusted)?;
                 core.flags.set_zf(true);
             }
@@ -310,6 +309,14 @@ fn move_to_segment(core: &mut Core, register: u8, selector: u16) -> Result<(), T
 
 fn push_segment<T: Int>(core: &mut Core, op: &Op) -> Result<(), Trap> {
     let selector = core.segment[usize::from(op.dst)].selector;
+    if T::BYTES == 4 {
+        // Recent processors move 16 bits and leave the rest of the place as it is (SDM Vol. 2,
+        // "PUSH").
+        let place = core.stack_place(T::BYTES.wrapping_neg(), 2, true)?;
+        core.store(place, selector)?;
+        core.drop_stack(T::BYTES.wrapping_neg());
+        return Ok(());
+    }
     core.push(T::truncate(u64::from(selector)))
 }
 

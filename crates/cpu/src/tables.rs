@@ -34,26 +34,38 @@ pub(crate) fn select(form: &Form) -> Option<Handler> {
         (M::Sidt, ..) if long => |core, op| store_table_register::<true>(core, op, core.idt),
         (M::Sidt, ..) => |core, op| store_table_register::<false>(core, op, core.idt),
         (M::Sldt, Kind::Mem, _) => |core, op| {
-            core.require_no_umip()?;
-            core.require_protected()?;
-            Mem::<Segmented>::write(core, op, core.ldt.selector)
+            let selector = core.readable_selector(core.ldt.selector)?;
+            Mem::<Segmented>::write(core, op, selector)
         },
-        (M::Sldt, ..) => |core, op| {
-            core.require_no_umip()?;
-            core.require_protected()?;
-            core.set_reg(op.dst, u64::from(core.ldt.selector));
-            Ok(())
+        // A register of 16 bits keeps its upper half.
+        (M::Sldt, ..) => match form.width {
+            2 => |core, op| {
+                let selector = core.readable_selector(core.ldt.selector)?;
+                core.set_reg(op.dst, selector);
+                Ok(())
+            },
+            _ => |core, op| {
+                let selector = core.readable_selector(core.ldt.selector)?;
+                core.set_reg(op.dst, u64::from(selector));
+                Ok(())
+            },
         },
         (M::Str, Kind::Mem, _) => |core, op| {
-            core.require_no_umip()?;
-            core.require_protected()?;
-            Mem::<Segmented>::write(core, op, core.tr.selector)
+            let selector = core.readable_selector(core.tr.selector)?;
+            Mem::<Segmented>::write(core, op, selector)
         },
-        (M::Str, ..) => |core, op| {
-            core.require_no_umip()?;
-            core.require_protected()?;
-            core.set_reg(op.dst, u64::from(core.tr.selector));
-            Ok(())
+        // A register of 16 bits keeps its upper half.
+        (M::Str, ..) => match form.width {
+            2 => |core, op| {
+                let selector = core.readable_selector(core.tr.selector)?;
+                core.set_reg(op.dst, selector);
+                Ok(())
+            },
+            _ => |core, op| {
+                let selector = core.readable_selector(core.tr.selector)?;
+                core.set_reg(op.dst, u64::from(selector));
+                Ok(())
+            },
         },
         (M::Lldt, ..) => |core, op| {
             core.require_protected()?;
@@ -111,6 +123,13 @@ const LAR_TYPES: (u16, u16) = (1 << 2 | 1 << 9 | 1 << 11 | 1 << 12, 0b0001_1010_
 const LSL_TYPES: (u16, u16) = (1 << 2 | 1 << 9 | 1 << 11, 0b0000_1010_0000_1110);
 
 impl Core {
+    /// What SLDT or STR stores, if they may be executed.
+    fn readable_selector(&mut self, selector: u16) -> Result<u16, Trap> {
+        self.require_no_umip()?;
+        self.require_protected()?;
+        Ok(selector)
+    }
+
     /// #UD in real and virtual-8086 mode.
     pub(crate) fn require_protected(&mut self) -> Result<(), Trap> {
         if self.mode.has(Mode::PROTECTED) {
