@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: help build install run test check unit interleavings conformance hardware hardware-kvm hardware-arm64 hardware-arm64-linux bench bench-build bench-docs bench-instructions model fuzz verify-cpu clean
+.PHONY: help build install run test check unit interleavings conformance hardware hardware-processor hardware-kvm hardware-arm64 hardware-arm64-linux bench bench-build bench-docs bench-instructions model fuzz verify-cpu verify-modes clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,11 +41,14 @@ conformance: build ## KVM's own selftests, the tests of kvm-ioctls, and guests o
 	conformance/run.sh --if-available
 
 hardware: ## the tables on processors of Bochs and QEMU, and beside KVM's, in a table
-	cd hardware && $(CARGO) fmt -p twofold-walks -p twofold-transitions -p twofold-hardware-x86 -p twofold-hardware-speed --check
+	cd hardware && $(CARGO) fmt -p twofold-walks -p twofold-transitions -p twofold-processor -p twofold-hardware-x86 -p twofold-hardware-speed --check
 	cd hardware/x86 && env -u RUSTFLAGS $(CARGO) clippy --quiet --target-dir ../../target/hardware -p twofold-hardware-x86 -p twofold-hardware-speed -- -D warnings
-	cd hardware && $(CARGO) clippy --quiet --target-dir ../target/hardware -p twofold-walks -p twofold-transitions --all-targets -- -D warnings
+	cd hardware && $(CARGO) clippy --quiet --target-dir ../target/hardware -p twofold-walks -p twofold-transitions -p twofold-processor --all-targets -- -D warnings
 	cd hardware && $(CARGO) test --quiet --target-dir ../target/hardware -p twofold-walks -p twofold-transitions
 	hardware/run.sh $(HARDWARE)
+
+hardware-processor: ## 16-bit modes and privilege on twofold-cpu, beside Bochs
+	hardware/processor/run.sh $(HARDWARE)
 
 hardware-kvm: ## what Debian's KVM and Twofold do to their tables while the same program runs
 	hardware/kvm/run.sh $(HARDWARE)
@@ -91,6 +94,9 @@ fuzz: ## random ioctl sequences, many of them
 
 verify-cpu: ## every instruction form against the host's processor, at length
 	TWOFOLD_JUDGE_CASES=20000 $(CARGO) test --release -p twofold-cpu --test judge -- --nocapture
+
+verify-modes: ## every form of 16-bit code and everything about privilege against Bochs, at length
+	TWOFOLD_JUDGE_CASES=$${TWOFOLD_JUDGE_CASES:-50} TWOFOLD_JUDGE_FAMILIES=1 hardware/processor/run.sh
 
 PREFIX ?= /usr/local
 install: build ## the command, its library and the C headers, below PREFIX

@@ -2,7 +2,8 @@
 # Runs the image of hardware/x86 on every machine it has scenarios for, compares its walks with
 # twofold-cpu's, and prints a table. Installs the machines where that is possible (Debian, as root).
 #
-# Then compares what the real KVM and Twofold do to their entries (kvm/run.sh).
+# Then puts the modes and privileges of twofold-cpu before Bochs (processor/run.sh), and compares
+# what the real KVM and Twofold do to their entries (kvm/run.sh).
 #
 #   run.sh                  fails if a machine is missing
 #   run.sh --if-available   says so and succeeds instead
@@ -82,6 +83,9 @@ awk -F ' [|] ' '
         exit reasons > 0
     }' "$work/tigerlake.log" "$work/icelake.log" "$work/ryzen.log" "$work/qemu.log" || failed=1
 
+echo
+"$here/processor/run.sh" "$@" >"$work/processor.log" 2>&1 || failed=1
+cat "$work/processor.log"
 "$here/kvm/run.sh" "$@" >"$work/kvm.log" 2>&1 || failed=1
 awk -F ' [|] ' '
     /^= / { printf "\n%-42s%s; %s\n", substr($1, 3), $2, $3; next }

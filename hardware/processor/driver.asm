@@ -395,6 +395,8 @@ enable:
   mov cr0, eax
   jmp .here
 .here:
+  xor eax, eax
+  mov cr2, eax
   mov eax, 0xffff0ff0
   mov dr6, eax
   mov eax, [context.dr7]
@@ -604,7 +606,7 @@ without_paging:
   mov cr0, eax
   jmp home
 
-align 16
+align 32
 bits 64
 long_handlers:
 %assign vector 0
@@ -612,7 +614,7 @@ long_handlers:
   mov [saved.gpr], rax
   mov byte [saved.vector], vector
   jmp near long_common
-  align 16
+  align 32
 %assign vector vector + 1
 %endrep
 long_common:
@@ -702,7 +704,8 @@ home:
   mov ss, ax
   xor eax, eax
   lldt ax
-  cld
+  push eax                      ; NT above all
+  popfd
   jmp report
 low_end:
 

@@ -29,8 +29,6 @@ pub mod flag {
     pub const FIXED: u64 = 2;
     pub const TF: u64 = 1 << 8;
     pub const IF: u64 = 1 << 9;
-    pub const IOPL: u64 = 3 << 12;
-    pub const NT: u64 = 1 << 14;
     pub const RF: u64 = 1 << 16;
     pub const VM: u64 = 1 << 17;
     pub const AC: u64 = 1 << 18;
@@ -67,7 +65,10 @@ impl Windows {
             (0, 0x400),
             (GDT, 0x480),
             (layout::LDT, 0x100),
-            (0x9000, 0x600),
+            (layout::TSS32, 0x100),
+            (layout::TSS16, 0x200),
+            (IDT32, 8 * VECTORS),
+            (IDT64, 16 * VECTORS),
         ];
         for top in layout::INNER_STACKS.iter().chain(&layout::IST_STACKS) {
             list.push((top - 0x80, 0x80));
@@ -183,7 +184,7 @@ impl Case {
         };
         let mut case = Self::new(name, entry, bitness);
         let flags = if bitness == 32 { access_flags::BIG } else { 0 };
-        for register in 0..6 {
+        for (register, base) in SEGMENTS.into_iter().enumerate() {
             let access = if register == seg::CS {
                 layout::access::CODE
             } else {
@@ -191,7 +192,7 @@ impl Case {
             } | layout::access::PRESENT
                 | layout::access::ACCESSED
                 | level << 5;
-            case.set_slot(register, SEGMENTS[register], 0xffff, access, flags);
+            case.set_slot(register, base, 0xffff, access, flags);
             case.segments[register] |= u16::from(level);
         }
         case

@@ -41,18 +41,17 @@ impl Outcome {
         let base = self.gpr[4];
         let wrap = if self.handler == 0 { 0xffff } else { u64::MAX };
         for byte in 0..2 {
-            let clear = !(mask >> (8 * byte)) as u8;
+            let clear = !((mask >> (8 * byte)) as u8);
+            if clear == 0xff {
+                continue;
+            }
             if let Some(place) = new.frame.get_mut(at + byte) {
                 *place &= clear;
             }
             let offset = base.wrapping_add((at + byte) as u64) & wrap;
             let address = self.stack_base.wrapping_add(offset as u32);
-            for (changed, value) in &mut new.changes {
-                if *changed == address & !3 {
-                    let shift = 8 * (address & 3);
-                    *value &= !(((mask >> (8 * byte)) as u32 & 0xff) << shift);
-                }
-            }
+            // The frame says it already; here it may look changed on one side only.
+            new.changes.retain(|(changed, _)| *changed != address & !3);
         }
         if let (true, Some(register)) = (completed, case.undefined_register)
             && self.frame[at] & flag::ZF as u8 != 0

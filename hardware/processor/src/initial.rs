@@ -5,8 +5,8 @@ use crate::layout::{
     TSS32, TSS64, VECTORS, access, descriptor, gate, selector,
 };
 
-/// Bytes between two handlers.
-const HANDLER_BYTES: u32 = 16;
+/// Bytes between two handlers of real, protected and 64-bit mode.
+const HANDLER_BYTES: [u32; 3] = [16, 16, 32];
 /// Offset of the I/O permission bitmap in the 32-bit and the 64-bit task state segment.
 pub const BITMAP: u32 = 0x68;
 
@@ -37,9 +37,12 @@ pub fn patches(handlers: [u32; 3]) -> Vec<(u32, Vec<u8>)> {
 }
 
 fn gates(memory: &mut Memory, [real, protected, wide]: [u32; 3]) {
-    let handler = |first: u32, vector: u32| first + vector.min(VECTORS - 1) * HANDLER_BYTES;
+    let handler = |mode: usize, vector: u32| {
+        let first = [real, protected, wide][mode];
+        first + vector.min(VECTORS - 1) * HANDLER_BYTES[mode]
+    };
     for vector in 0..256 {
-        memory.put32(vector * 4, handler(real, vector));
+        memory.put32(vector * 4, handler(0, vector));
     }
     for vector in 0..VECTORS {
         // User code may use INT3, INTO and the upper half.
@@ -48,9 +51,9 @@ fn gates(memory: &mut Memory, [real, protected, wide]: [u32; 3]) {
         } else {
             0x8e
         };
-        let low = gate(selector::CODE32, handler(protected, vector), kind, 0);
+        let low = gate(selector::CODE32, handler(1, vector), kind, 0);
         memory.put(IDT32 + vector * 8, low);
-        let low = gate(selector::CODE64, handler(wide, vector), kind, 0);
+        let low = gate(selector::CODE64, handler(2, vector), kind, 0);
         memory.put(IDT64 + vector * 16, low);
     }
 }
@@ -95,7 +98,7 @@ fn descriptors(memory: &mut Memory) {
 fn page_tables(memory: &mut Memory) {
     for level in 0..3 {
         let table = PAGE_TABLES + level * 0x1000;
-        memory.put(table, u64::from(table) + 0x1000 | 7);
+        memory.put(table, (u64::from(table) + 0x1000) | 7);
     }
     for page in 0..512u32 {
         let user = (0x10..0x70).contains(&page);

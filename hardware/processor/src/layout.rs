@@ -58,7 +58,6 @@ pub mod access {
     pub const CODE: u8 = 0x1a;
     pub const DATA: u8 = 0x12;
     pub const EXPAND_DOWN: u8 = 0x04;
-    pub const CONFORMING: u8 = 0x04;
     pub const ACCESSED: u8 = 0x01;
     /// Flags (the upper nibble of byte 6): 32 bits.
     pub const BIG: u8 = 4;
