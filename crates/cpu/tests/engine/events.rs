@@ -115,6 +115,20 @@ fn lowering_cr8_is_told_to_who_asked_for_it() {
 }
 
 #[test]
+fn an_interrupt_that_cr8_holds_back_is_asked_for_when_cr8_has_fallen() {
+    // sti; nop; xor eax,eax; mov cr8,rax; nop; hlt
+    let code = b"\xfb\x90\x31\xc0\x44\x0f\x22\xc0\x90\xf4";
+    for (limit, rip) in [(None, 0x1002), (Some(5), 0x1008)] {
+        let mut guest = Guest::long(code);
+        guest.cpu.set_cr8(5);
+        guest.cpu.request_interrupt_window(true);
+        guest.cpu.limit_interrupt_window(limit);
+        assert_eq!(guest.cpu.run(), Exit::InterruptWindow);
+        assert_eq!(guest.cpu.registers().rip, rip);
+    }
+}
+
+#[test]
 fn an_interrupt_waits_for_the_instruction_after_sti() {
     // cli; sti; inc rax; inc rax; hlt
     let mut guest = Guest::long(b"\xfa\xfb\x48\xff\xc0\x48\xff\xc0\xf4");
