@@ -4,9 +4,15 @@
 //! It is counted on the host's time stamp counter, with the very arithmetic that a guest does; so a
 //! guest and `KVM_GET_CLOCK` agree to the nanosecond, and so do the vCPUs.
 
+use crate::capability;
 use crate::sync::Mutex;
 use crate::tsc;
+use crate::vcpu::Ask;
+use crate::vm::Vm;
+use kvm_bindings::{KVM_CLOCK_REALTIME, kvm_clock_data};
+use rustix::io::Errno;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, SystemTime};
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -108,6 +114,46 @@ impl Clock {
     pub(crate) fn generation(&self) -> u32 {
         self.generation.load(Ordering::Acquire)
     }
+}
+
+impl Vm {
+    /// `KVM_GET_CLOCK`: nanoseconds that the VM has lived, as the program set it.
+    pub fn get_clock(&self) -> kvm_clock_data {
+        let Reference { tsc, clock } = self.clock().now();
+        let realtime = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        kvm_clock_data {
+            clock,
+            flags: capability::CLOCK_FLAGS,
+            realtime: nanoseconds(realtime.unwrap_or_default()),
+            host_tsc: tsc,
+            ..Default::default()
+        }
+    }
+
+    /// `KVM_SET_CLOCK`. With `KVM_CLOCK_REALTIME` the time that has passed since `realtime` is
+    /// added.
+    ///
+    /// # Errors
+    /// `EINVAL` for another flag.
+    pub fn set_clock(&self, data: &kvm_clock_data) -> Result<(), Errno> {
+        if data.flags & !KVM_CLOCK_REALTIME != 0 {
+            return Err(Errno::INVAL);
+        }
+        let mut clock = data.clock;
+        if data.flags & KVM_CLOCK_REALTIME != 0 {
+            let realtime = self.get_clock().realtime;
+            clock = clock.wrapping_add(realtime.saturating_sub(data.realtime));
+        }
+        self.clock().set(clock);
+        for core in self.members.read().iter() {
+            core.notify(Ask::CLOCK);
+        }
+        Ok(())
+    }
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

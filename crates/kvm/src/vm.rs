@@ -2,7 +2,7 @@
 
 use crate::bus::Buses;
 use crate::capability;
-use crate::clock::{Clock, Reference};
+use crate::clock::Clock;
 use crate::fork;
 use crate::guest_memory::Reservation;
 use crate::irqchip::{Controllers, Model, Timers};
@@ -12,17 +12,16 @@ use crate::second_stage::{Kind, Tables};
 use crate::summary;
 use crate::sync::{Mutex, ProcessMutex, RwLock};
 use crate::td::{Stage, Td};
-use crate::vcpu::{Ask, Vcpu, VcpuCore};
+use crate::vcpu::{Vcpu, VcpuCore};
 use crate::vm_type::VmType;
 use crate::{cpuid, tsc};
 use kvm_bindings as kvm;
-use kvm_bindings::{kvm_clock_data, kvm_coalesced_mmio_zone, kvm_enable_cap, kvm_ioeventfd};
+use kvm_bindings::{kvm_coalesced_mmio_zone, kvm_enable_cap, kvm_ioeventfd};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::thread::CapabilitySet;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, RwLockReadGuard, Weak};
-use std::time::{Duration, SystemTime};
 use twofold_abi::spp;
 use twofold_cpu::Machine;
 use twofold_mmu::SlotInfo;
@@ -531,40 +530,6 @@ impl Vm {
         Ok(())
     }
 
-    /// `KVM_GET_CLOCK`: nanoseconds that the VM has lived, as the program set it.
-    pub fn get_clock(&self) -> kvm_clock_data {
-        let Reference { tsc, clock } = self.clock.now();
-        let realtime = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-        kvm_clock_data {
-            clock,
-            flags: capability::CLOCK_FLAGS,
-            realtime: nanoseconds(realtime.unwrap_or_default()),
-            host_tsc: tsc,
-            ..Default::default()
-        }
-    }
-
-    /// `KVM_SET_CLOCK`. With `KVM_CLOCK_REALTIME` the time that has passed since `realtime` is
-    /// added.
-    ///
-    /// # Errors
-    /// `EINVAL` for another flag.
-    pub fn set_clock(&self, data: &kvm_clock_data) -> Result<(), Errno> {
-        if data.flags & !kvm::KVM_CLOCK_REALTIME != 0 {
-            return Err(Errno::INVAL);
-        }
-        let mut clock = data.clock;
-        if data.flags & kvm::KVM_CLOCK_REALTIME != 0 {
-            let realtime = self.get_clock().realtime;
-            clock = clock.wrapping_add(realtime.saturating_sub(data.realtime));
-        }
-        self.clock.set(clock);
-        for core in self.members.read().iter() {
-            core.notify(Ask::CLOCK);
-        }
-        Ok(())
-    }
-
     /// `KVM_CAP_VM_DISABLE_NX_HUGE_PAGES`. Where processors have the erratum, a guest without
     /// the mitigation can stop the machine; so the program must be allowed to reboot it.
     fn disable_nx_huge_pages(&self, argument: u64) -> Result<(), Errno> {
@@ -680,10 +645,6 @@ impl Drop for Vm {
         VM_COUNT.fetch_sub(1, Ordering::Relaxed);
         summary::remember(self);
     }
-}
-
-fn nanoseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// VMs of this process that exist. While it is 0, nothing that the program does to its memory is

@@ -2,6 +2,7 @@
 
 mod cancellation;
 mod chipset_msr;
+mod controllers;
 mod counters;
 mod events;
 mod exit;
