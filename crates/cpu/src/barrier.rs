@@ -10,7 +10,7 @@
 use core::sync::atomic::{Ordering, compiler_fence};
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags};
 use rustix::thread::{MembarrierCommand, membarrier};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 /// The cheap half: orders this thread's earlier stores before its later loads as seen by a thread
 /// that calls [`heavy_barrier`] in between.
@@ -30,10 +30,12 @@ pub fn light_barrier() {
 /// Never. If both ways are refused by the kernel the process is aborted, since going on would
 /// mean that a vCPU may use memory that has been given back.
 pub fn heavy_barrier() {
-    static REGISTERED: OnceLock<bool> = OnceLock::new();
-    let registered =
-        *REGISTERED.get_or_init(|| membarrier(MembarrierCommand::RegisterPrivateExpedited).is_ok());
-    if registered && membarrier(MembarrierCommand::PrivateExpedited).is_ok() {
+    let expedited = || membarrier(MembarrierCommand::PrivateExpedited).is_ok();
+    // The first call of a process is refused because it has not registered. That is not remembered
+    // by who does it first: a child that is forked meanwhile would wait for that thread, which it
+    // does not have.
+    if expedited() || membarrier(MembarrierCommand::RegisterPrivateExpedited).is_ok() && expedited()
+    {
         return;
     }
     if protection_barrier().is_err() {
