@@ -79,7 +79,13 @@ impl Windows {
             list.push((base + 0xff80, 0x100));
         }
         if self == Self::Paging {
-            list.push((PAGE_TABLES, 0x8000));
+            // As much of each table as is used.
+            for (table, length) in [0x20, 0x20, 0x20, 0x400, 0x20, 0x20, 0x200, 0x20]
+                .into_iter()
+                .enumerate()
+            {
+                list.push((PAGE_TABLES + 0x1000 * table as u32, length));
+            }
         }
         list
     }
