@@ -1,5 +1,15 @@
 //! A virtual machine: `KVM_CREATE_VM` and the ioctls on its descriptor.
 
+mod options;
+mod registry;
+
+use options::Options;
+
+pub(crate) use options::HypercallExits;
+pub(crate) use registry::{
+    all, any, forget_inherited, lock_registry_for_fork, unlock_registry_after_fork,
+};
+
 use crate::bus::Buses;
 use crate::capability;
 use crate::clock::Clock;
@@ -10,35 +20,22 @@ use crate::msr_filter::{MsrAccess, MsrFilter};
 use crate::nx_recovery::Worker;
 use crate::second_stage::{Kind, Tables};
 use crate::summary;
-use crate::sync::{Mutex, ProcessMutex, RwLock};
+use crate::sync::{Mutex, RwLock};
 use crate::td::{Stage, Td};
 use crate::vcpu::{Vcpu, VcpuCore};
 use crate::vm_type::VmType;
 use crate::{cpuid, tsc};
 use kvm_bindings as kvm;
-use kvm_bindings::{kvm_coalesced_mmio_zone, kvm_enable_cap, kvm_ioeventfd};
+use kvm_bindings::{kvm_coalesced_mmio_zone, kvm_ioeventfd};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
-use rustix::thread::CapabilitySet;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock, RwLockReadGuard, Weak};
-use twofold_abi::spp;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock, RwLockReadGuard};
 use twofold_cpu::Machine;
 use twofold_mmu::SlotInfo;
 
-bitflags::bitflags! {
-    /// Hypercalls that leave the guest for the program (`KVM_CAP_EXIT_HYPERCALL`).
-    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    pub(crate) struct HypercallExits: u32 {
-        const MAP_GPA_RANGE = 1 << 12;
-    }
-}
-
 /// Fewest pages that `KVM_SET_NR_MMU_PAGES` takes (`KVM_MIN_ALLOC_MMU_PAGES`).
 const MIN_MMU_PAGES: u64 = 64;
-/// Pins that a split interrupt controller may reserve (`MAX_NR_RESERVED_IOAPIC_PINS`).
-const MAX_RESERVED_PINS: u64 = 4096;
-
 /// A virtual machine. It lives until the last descriptor, vCPU or statistics file that refers to
 /// it is gone.
 pub struct Vm {
@@ -61,17 +58,13 @@ pub struct Vm {
     /// A copy of the configuration that running vCPUs look at.
     pub(crate) irqchip_model: AtomicU8,
     boot_cpu_id: AtomicU32,
-    exception_payload: AtomicBool,
-    /// `KVM_MSR_EXIT_REASON_*` that leave the guest.
-    msr_exits: AtomicU32,
+    /// What the program has enabled.
+    options: Options,
     msr_filter: RwLock<Option<MsrFilter>>,
     /// Whether there is one: a copy that running vCPUs look at.
     filters_msrs: AtomicBool,
-    hides_platform_info: AtomicBool,
     /// Keeps the vCPUs' time stamp counters in step.
     tsc_sync: tsc::Sync,
-    hypercall_exits: AtomicU32,
-    halts_in_guest: AtomicBool,
     /// The interrupt controllers beside the local APICs.
     pub(crate) controllers: Controllers,
     /// The vCPUs once more, for those that have interrupts for them.
@@ -79,12 +72,6 @@ pub struct Vm {
     /// The PICs have an interrupt.
     pub(crate) pic_output: AtomicBool,
     timers: Timers,
-    /// Nanoseconds of the local APICs' bus clock's cycle.
-    apic_cycle: AtomicU64,
-    /// The program's formats have APIC ids of 32 bits.
-    wide_apic_ids: AtomicBool,
-    /// A bus that names APIC 0xff does not mean everybody in x2APIC mode.
-    plain_broadcasts: AtomicBool,
     /// 0 for the host's rate.
     tsc_khz: AtomicU32,
     /// Where huge pages are not executable.
@@ -128,21 +115,14 @@ impl Vm {
             guest_access: RwLock::default(),
             irqchip_model: AtomicU8::new(0),
             boot_cpu_id: AtomicU32::new(0),
-            exception_payload: AtomicBool::new(false),
-            msr_exits: AtomicU32::new(0),
+            options: Options::default(),
             msr_filter: RwLock::new(None),
             filters_msrs: AtomicBool::new(false),
-            hides_platform_info: AtomicBool::new(false),
             tsc_sync: tsc::Sync::default(),
-            hypercall_exits: AtomicU32::new(0),
-            halts_in_guest: AtomicBool::new(false),
             controllers: Controllers::default(),
             members: RwLock::default(),
             pic_output: AtomicBool::new(false),
             timers: Timers::default(),
-            apic_cycle: AtomicU64::new(1),
-            wide_apic_ids: AtomicBool::new(false),
-            plain_broadcasts: AtomicBool::new(false),
             tsc_khz: AtomicU32::new(0),
             nx_recovery: OnceLock::new(),
             protects_sub_pages: AtomicBool::new(false),
@@ -151,7 +131,7 @@ impl Vm {
             let _ = vm.nx_recovery.set(worker);
         }
         summary::begin();
-        register(&vm);
+        registry::register(&vm);
         Ok(vm)
     }
 
@@ -248,60 +228,12 @@ impl Vm {
         drop(self.guest_access.write());
     }
 
-    /// Whether HLT of a guest is not the program's to hear of, or to emulate.
-    pub(crate) fn halts_in_guest(&self) -> bool {
-        self.halts_in_guest.load(Ordering::Relaxed)
-    }
-
     pub(crate) fn timers(&self) -> &Timers {
         &self.timers
     }
 
-    /// Nanoseconds of a cycle of the bus clock that the local APICs' timers count.
-    pub(crate) fn apic_cycle(&self) -> u64 {
-        self.apic_cycle.load(Ordering::Relaxed)
-    }
-
-    /// `KVM_CAP_X86_APIC_BUS_CYCLES_NS`: `ENXIO` without local APICs, `EINVAL` for no time at all or
-    /// one that makes the longest count too long, and once there are vCPUs.
-    fn set_apic_cycle(&self, nanoseconds: u64) -> Result<(), Errno> {
-        const LONGEST_COUNT: u64 = u32::MAX as u64 * 128;
-        if self.irqchip_model() == Model::None {
-            return Err(Errno::NXIO);
-        }
-        if nanoseconds == 0 || nanoseconds.checked_mul(LONGEST_COUNT).is_none() {
-            return Err(Errno::INVAL);
-        }
-        self.before_vcpus(|| self.apic_cycle.store(nanoseconds, Ordering::Relaxed))
-    }
-
-    /// Whether 0xff is the id of one APIC in x2APIC mode for buses too.
-    pub(crate) fn plain_broadcasts(&self) -> bool {
-        self.plain_broadcasts.load(Ordering::Relaxed)
-    }
-
-    /// Whether APIC ids have 32 bits in what the program and the kernel exchange.
-    pub(crate) fn wide_apic_ids(&self) -> bool {
-        self.wide_apic_ids.load(Ordering::Relaxed)
-    }
-
     pub(crate) fn boot_cpu_id(&self) -> u32 {
         self.boot_cpu_id.load(Ordering::Relaxed)
-    }
-
-    #[inline]
-    pub(crate) fn exception_payload(&self) -> bool {
-        self.exception_payload.load(Ordering::Relaxed)
-    }
-
-    /// Whether a failed RDMSR or WRMSR leaves the guest for this reason.
-    pub(crate) fn exits_for_msr(&self, reason: u32) -> bool {
-        self.msr_exits.load(Ordering::Relaxed) & reason != 0
-    }
-
-    /// Whether the guest may not read MSR_PLATFORM_INFO.
-    pub(crate) fn hides_platform_info(&self) -> bool {
-        self.hides_platform_info.load(Ordering::Relaxed)
     }
 
     /// Whether some accesses to registers are the program's.
@@ -335,10 +267,6 @@ impl Vm {
 
     pub(crate) fn tsc_sync(&self) -> &tsc::Sync {
         &self.tsc_sync
-    }
-
-    pub(crate) fn hypercall_exits(&self) -> HypercallExits {
-        HypercallExits::from_bits_truncate(self.hypercall_exits.load(Ordering::Relaxed))
     }
 
     /// The vCPUs created so far.
@@ -469,20 +397,6 @@ impl Vm {
         Ok(())
     }
 
-    /// `KVM_CAP_MAX_VCPU_ID`: lowers the limit of vCPU ids, once.
-    fn limit_vcpu_ids(&self, limit: u64) -> Result<(), Errno> {
-        let mut config = self.config.lock();
-        let limit = u32::try_from(limit)
-            .ok()
-            .filter(|limit| *limit <= capability::MAX_VCPU_ID && self.boot_cpu_id() <= *limit)
-            .ok_or(Errno::INVAL)?;
-        if limit == 0 || config.max_vcpu_ids.is_some_and(|fixed| fixed != limit) {
-            return Err(Errno::INVAL);
-        }
-        config.max_vcpu_ids = Some(limit);
-        Ok(())
-    }
-
     /// `KVM_REGISTER_COALESCED_MMIO`
     ///
     /// # Errors
@@ -530,110 +444,6 @@ impl Vm {
         Ok(())
     }
 
-    /// `KVM_CAP_VM_DISABLE_NX_HUGE_PAGES`. Where processors have the erratum, a guest without
-    /// the mitigation can stop the machine; so the program must be allowed to reboot it.
-    fn disable_nx_huge_pages(&self, argument: u64) -> Result<(), Errno> {
-        let capabilities = rustix::thread::capabilities(None)?;
-        if !capabilities.effective.contains(CapabilitySet::SYS_BOOT) {
-            return Err(Errno::PERM);
-        }
-        if argument != 0 {
-            return Err(Errno::INVAL);
-        }
-        self.tables.disable_nx_huge_pages();
-        Ok(())
-    }
-
-    /// `KVM_ENABLE_CAP` on a VM.
-    ///
-    /// # Errors
-    /// `EINVAL` for flags, for capabilities that cannot be enabled, and for arguments that are out
-    /// of range; for an interrupt controller as [`Self::create_irqchip`]; for sub-page permissions
-    /// `ENODEV`, `EPERM`, `ENOMEM`.
-    pub fn enable_cap(&self, cap: &kvm_enable_cap) -> Result<(), Errno> {
-        if cap.flags != 0 {
-            return Err(Errno::INVAL);
-        }
-        let argument = cap.args[0];
-        match cap.cap {
-            kvm::KVM_CAP_DISABLE_QUIRKS2 | kvm::KVM_CAP_DISABLE_QUIRKS => {
-                if cap.cap == kvm::KVM_CAP_DISABLE_QUIRKS2
-                    && argument & !u64::from(capability::VALID_QUIRKS) != 0
-                {
-                    return Err(Errno::INVAL);
-                }
-                let zap_all = argument & u64::from(kvm::KVM_X86_QUIRK_SLOT_ZAP_ALL) == 0;
-                // The quirk is one of the default type.
-                self.tables
-                    .set_slot_zap_all(zap_all && self.vm_type == VmType::Default);
-                Ok(())
-            }
-            kvm::KVM_CAP_SPLIT_IRQCHIP => {
-                if argument > MAX_RESERVED_PINS {
-                    return Err(Errno::INVAL);
-                }
-                self.create_split_irqchip(argument as u32)
-            }
-            kvm::KVM_CAP_X86_DISABLE_EXITS => {
-                if argument & !u64::from(capability::DISABLED_EXITS) != 0 {
-                    return Err(Errno::INVAL);
-                }
-                if argument & u64::from(kvm::KVM_X86_DISABLE_EXITS_HLT) != 0 {
-                    self.halts_in_guest.store(true, Ordering::Relaxed);
-                }
-                Ok(())
-            }
-            kvm::KVM_CAP_X86_APIC_BUS_CYCLES_NS => self.set_apic_cycle(argument),
-            kvm::KVM_CAP_X2APIC_API => {
-                if argument & !u64::from(capability::X2APIC_FORMATS) != 0 {
-                    return Err(Errno::INVAL);
-                }
-                if argument & u64::from(kvm::KVM_X2APIC_API_USE_32BIT_IDS) != 0 {
-                    self.wide_apic_ids.store(true, Ordering::Relaxed);
-                }
-                if argument & u64::from(kvm::KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK) != 0 {
-                    self.plain_broadcasts.store(true, Ordering::Relaxed);
-                }
-                Ok(())
-            }
-            kvm::KVM_CAP_MAX_VCPU_ID => self.limit_vcpu_ids(argument),
-            kvm::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 => self.set_manual_protect(argument),
-            kvm::KVM_CAP_DIRTY_LOG_RING | kvm::KVM_CAP_DIRTY_LOG_RING_ACQ_REL => {
-                self.enable_dirty_ring(argument)
-            }
-            kvm::KVM_CAP_VM_DISABLE_NX_HUGE_PAGES => self.disable_nx_huge_pages(argument),
-            kvm::KVM_CAP_EXCEPTION_PAYLOAD => {
-                self.exception_payload
-                    .store(argument != 0, Ordering::Relaxed);
-                Ok(())
-            }
-            kvm::KVM_CAP_X86_USER_SPACE_MSR => {
-                if argument & !u64::from(kvm::KVM_MSR_EXIT_REASON_VALID_MASK) != 0 {
-                    return Err(Errno::INVAL);
-                }
-                self.msr_exits.store(argument as u32, Ordering::Relaxed);
-                Ok(())
-            }
-            kvm::KVM_CAP_MSR_PLATFORM_INFO => {
-                self.hides_platform_info
-                    .store(argument == 0, Ordering::Relaxed);
-                Ok(())
-            }
-            kvm::KVM_CAP_EXIT_HYPERCALL => {
-                if argument & !u64::from(HypercallExits::all().bits()) != 0 {
-                    return Err(Errno::INVAL);
-                }
-                self.hypercall_exits
-                    .store(argument as u32, Ordering::Relaxed);
-                Ok(())
-            }
-            // Every failure exits here, whatever the program says.
-            kvm::KVM_CAP_EXIT_ON_EMULATION_FAILURE if argument <= 1 => Ok(()),
-            spp::KVM_CAP_X86_SPP => self.enable_sub_pages(&cap.args),
-            _ => Err(Errno::INVAL),
-        }
-    }
-
     /// The CPUID table that fits the VM's second stage.
     pub fn supported_cpuid(&self) -> Vec<kvm::kvm_cpuid_entry2> {
         cpuid::offered(self.kind)
@@ -642,47 +452,7 @@ impl Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        VM_COUNT.fetch_sub(1, Ordering::Relaxed);
+        registry::unregister();
         summary::remember(self);
     }
-}
-
-/// VMs of this process that exist. While it is 0, nothing that the program does to its memory is
-/// any of our business.
-static VM_COUNT: AtomicUsize = AtomicUsize::new(0);
-static VMS: ProcessMutex<Vec<Weak<Vm>>> = ProcessMutex::new(Vec::new());
-
-fn register(vm: &Arc<Vm>) {
-    VM_COUNT.fetch_add(1, Ordering::Relaxed);
-    VMS.with(|vms| {
-        vms.retain(|vm| vm.strong_count() != 0);
-        vms.push(Arc::downgrade(vm));
-    });
-}
-
-/// Whether the process has any VM: one load.
-#[inline]
-pub(crate) fn any() -> bool {
-    VM_COUNT.load(Ordering::Relaxed) != 0
-}
-
-/// The VMs of this process.
-pub(crate) fn all() -> Vec<Arc<Vm>> {
-    VMS.with(|vms| vms.iter().filter_map(Weak::upgrade).collect())
-}
-
-/// Before `fork`.
-pub(crate) fn lock_registry_for_fork() {
-    VMS.close_gate();
-}
-
-/// After `fork`.
-pub(crate) fn unlock_registry_after_fork() {
-    VMS.open_gate();
-}
-
-/// In a forked child: the parent's VMs are not ours.
-pub(crate) fn forget_inherited() {
-    VM_COUNT.store(0, Ordering::Relaxed);
-    VMS.with(Vec::clear);
 }
