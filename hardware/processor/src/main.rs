@@ -76,6 +76,8 @@ struct Report {
     known: BTreeMap<&'static str, usize>,
     /// Cases that our processor left without an exception, by how it did.
     left: BTreeMap<&'static str, Vec<String>>,
+    /// Task switches, which end in an emulation error as they should.
+    switches: usize,
     unexplained: Vec<String>,
 }
 
@@ -105,7 +107,7 @@ impl Machines {
                         .or_default()
                         .push(compare::describe(&case));
                 }
-                Some(_) => report.equal += 1,
+                Some(_) => report.switches += 1,
                 None => kept.push((case, outcome)),
             }
         }
@@ -232,6 +234,10 @@ fn main() -> Result<ExitCode> {
         report.compared,
         report.equal,
         report.unexplained.len(),
+    );
+    println!(
+        "  task switches, which end in an emulation error: {}",
+        report.switches
     );
     for (kind, count) in &report.known {
         println!("  known: {kind}: {count}");
