@@ -5,9 +5,10 @@
 //! of `crates/cpu` uses too.
 
 use crate::case::{Case, IP, cr0, flag, seg};
-use crate::encoding::encode;
-use crate::layout::{SEGMENTS, access, selector};
+use crate::encoding::{decode, edit_immediates, encode};
+use crate::layout::{SEGMENTS, access};
 use crate::rng::Rng;
+use crate::values::{aim_displacement, bit_offset, narrow, near_target, pick_selector, read, set};
 use crate::{state, undefined};
 use iced_x86::{
     Code, CodeSize, Decoder, DecoderOptions, EncodingKind, FlowControl, Instruction,
@@ -174,7 +175,7 @@ impl Generator {
             let instruction = decode(&bytes, bitness, ip);
             (instruction.code() == code).then(|| (bytes[..instruction.len()].to_vec(), instruction))
         })?;
-        edit_immediate(&mut bytes, &mut instruction, bitness, rng);
+        edit_immediates(&mut bytes, &mut instruction, bitness, rng);
         let mut case = match mode {
             Mode::Real => Case::real(""),
             Mode::Virtual => Case::virtual_8086("", if rng.chance(70) { 3 } else { rng.below(3) }),
@@ -474,44 +475,6 @@ impl Generator {
     }
 }
 
-fn decode(bytes: &[u8], bitness: u32, ip: u64) -> Instruction {
-    Decoder::with_ip(bitness, bytes, ip, DecoderOptions::NONE).decode()
-}
-
-/// An offset to go to: mostly within 64 KiB, where breakpoints are, and never where the instruction
-/// itself may lie.
-fn near_target(rng: &mut Rng, wide: bool) -> u64 {
-    match rng.below(20) {
-        0 if wide => rng.next() & 0xffff_ffff,
-        1 => 0xffff,
-        _ => 0x9000 + rng.below(0x6000),
-    }
-}
-
-/// A selector for a data or code segment: where it is loaded something is known to lie.
-fn pick_selector(mode: Mode, code: bool, rng: &mut Rng) -> u16 {
-    let level = match mode {
-        Mode::Real | Mode::Virtual => {
-            return if code {
-                0x1000 + rng.below(0x100) as u16
-            } else {
-                rng.pick(&[0x2000, 0x3000, 0x4000, 0x5000, 0x6000]) + rng.below(4) as u16
-            };
-        }
-        Mode::Protected(_, level) => u16::from(level),
-    };
-    let slot = |register: usize| selector::SLOTS + 8 * register as u16;
-    match rng.below(10) {
-        0 => rng.below(4) as u16,
-        1 => rng.below(0x100) as u16,
-        2 if !code => slot(seg::CS) | level,
-        3 => rng.below(0x1_0000) as u16,
-        4..=6 if !code => slot(seg::SS) | level,
-        _ if code => slot(seg::CS) | level,
-        _ => slot(rng.pick(&[seg::ES, seg::DS, seg::FS, seg::GS])) | level,
-    }
-}
-
 fn has_segment_destination(instruction: &Instruction) -> bool {
     matches!(instruction.mnemonic(), Mnemonic::Mov | Mnemonic::Pop)
         && instruction.op0_kind() == OpKind::Register
@@ -526,128 +489,5 @@ fn segment_index(register: Register) -> usize {
         Register::FS => seg::FS,
         Register::GS => seg::GS,
         _ => seg::DS,
-    }
-}
-
-fn read(case: &Case, register: Register) -> u64 {
-    let value = case.gpr[register.full_register32().number()];
-    if register.size() == 2 {
-        value & 0xffff
-    } else {
-        value & 0xffff_ffff
-    }
-}
-
-fn set(case: &mut Case, register: Register, value: u64) {
-    if register.is_gpr() && register.size() >= 2 {
-        let place = &mut case.gpr[register.full_register32().number()];
-        *place = if register.size() == 2 {
-            *place & 0xffff_0000 | value & 0xffff
-        } else {
-            value & 0xffff_ffff
-        };
-    }
-}
-
-/// What a bit string instruction adds to its operand's address.
-fn bit_offset(case: &Case, instruction: &Instruction) -> u64 {
-    use Mnemonic as M;
-    if !matches!(instruction.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc)
-        || instruction.op1_kind() != OpKind::Register
-    {
-        return 0;
-    }
-    let value = read(case, instruction.op1_register());
-    if instruction.op1_register().size() == 2 {
-        ((i64::from(value as i16) >> 4) * 2) as u64
-    } else {
-        ((i64::from(value as i32) >> 5) * 4) as u64
-    }
-}
-
-fn edit_immediate(bytes: &mut [u8], instruction: &mut Instruction, bitness: u32, rng: &mut Rng) {
-    let mut decoder = Decoder::with_ip(bitness, bytes, instruction.ip(), DecoderOptions::NONE);
-    let decoded = decoder.decode();
-    let offsets = decoder.get_constant_offsets(&decoded);
-    if !offsets.has_immediate() || decoded.flow_control() != FlowControl::Next {
-        return;
-    }
-    let (at, size) = (offsets.immediate_offset(), offsets.immediate_size());
-    let before = bytes.to_vec();
-    if decoded.mnemonic() == Mnemonic::Enter {
-        let frame = (rng.below(64) as u16).to_le_bytes();
-        bytes[at..at + 2].copy_from_slice(&frame);
-        bytes[at + 2] = rng.below(4) as u8 | if rng.chance(10) { 0x20 } else { 0 };
-    } else if rng.chance(40) {
-        let value = rng.integer().to_le_bytes();
-        bytes[at..at + size.min(8)].copy_from_slice(&value[..size.min(8)]);
-    }
-    let again = decode(bytes, bitness, instruction.ip());
-    if again.code() == instruction.code() && again.len() == instruction.len() {
-        *instruction = again;
-    } else {
-        bytes.copy_from_slice(&before);
-    }
-}
-
-/// Values that make more of an instruction's cases likely than chance would.
-fn narrow(case: &mut Case, instruction: &Instruction, rng: &mut Rng) {
-    use Mnemonic as M;
-    let gpr = &mut case.gpr;
-    if instruction.has_rep_prefix() || instruction.has_repne_prefix() {
-        // Only a 16-bit count ignores the rest.
-        gpr[1] = rng.below(40);
-    }
-    match instruction.mnemonic() {
-        M::Loop | M::Loope | M::Loopne | M::Jcxz | M::Jecxz if rng.chance(60) => {
-            gpr[1] = gpr[1] & 0xffff_0000 | rng.below(3);
-        }
-        M::Div | M::Idiv if rng.chance(70) => {
-            gpr[2] = rng.below(3);
-            if instruction.op0_kind() != OpKind::Memory && instruction.op0_register().size() == 1 {
-                gpr[0] &= 0x7ff;
-            }
-        }
-        M::Bt | M::Bts | M::Btr | M::Btc
-            if instruction.op0_kind() == OpKind::Memory
-                && instruction.op1_kind() == OpKind::Register =>
-        {
-            let full = instruction.op1_register().full_register32().number();
-            gpr[full] = rng.below(0x400).wrapping_sub(0x200) & 0xffff_ffff;
-        }
-        M::Enter => gpr[5] = 0x8100 + rng.below(0x40) * 2,
-        M::Leave if rng.chance(90) => gpr[5] = 0x8100 - rng.below(0x40) * 2,
-        M::Cmpxchg if instruction.op0_kind() == OpKind::Register && rng.chance(50) => {
-            gpr[instruction.op0_register().full_register32().number()] = gpr[0];
-        }
-        _ => {}
-    }
-}
-
-/// Changes the displacement of an operand without base so that it leads to `offset`.
-fn aim_displacement(
-    case: &mut Case,
-    bytes: &mut [u8],
-    instruction: &mut Instruction,
-    memory: &UsedMemory,
-    offset: u64,
-    mode: Mode,
-) {
-    let bitness = mode.bitness();
-    let scaled = if memory.index() == Register::None {
-        0
-    } else {
-        read(case, memory.index()).wrapping_mul(u64::from(memory.scale()))
-    };
-    let displacement = offset
-        .wrapping_sub(scaled)
-        .wrapping_sub(bit_offset(case, instruction));
-    let mut decoder = Decoder::with_ip(bitness, bytes, instruction.ip(), DecoderOptions::NONE);
-    let decoded = decoder.decode();
-    let offsets = decoder.get_constant_offsets(&decoded);
-    if offsets.has_displacement() {
-        let (at, size) = (offsets.displacement_offset(), offsets.displacement_size());
-        bytes[at..at + size].copy_from_slice(&displacement.to_le_bytes()[..size]);
-        *instruction = decode(bytes, bitness, instruction.ip());
     }
 }

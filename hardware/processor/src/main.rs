@@ -20,6 +20,7 @@ mod known;
 mod layout;
 mod simulators;
 mod twofold;
+mod values;
 
 // What the host's judge of `crates/cpu` is made of too.
 #[path = "../../../crates/cpu/tests/judge/encoding.rs"]
@@ -43,6 +44,7 @@ use rng::Rng;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use twofold_cpu::Support;
 
 /// Cases that a form gets in each mode unless the environment says otherwise.
 const CASES: u64 = 3;
@@ -186,7 +188,8 @@ fn form_cases(count: u64, seed: u64, only: &str) -> (Vec<Case>, usize) {
                 let Some((case, instruction)) = generator.case(code, mode, &mut rng) else {
                     continue;
                 };
-                if twofold_cpu::executes(&instruction, mode.bitness()) && case.name.contains(only) {
+                let support = twofold_cpu::support(&instruction, mode.bitness());
+                if support == Support::Executed && case.name.contains(only) {
                     cases.push(case);
                 }
             }

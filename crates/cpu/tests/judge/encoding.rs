@@ -1,7 +1,10 @@
 //! Bytes that may encode a form.
 
 use crate::rng::Rng;
-use iced_x86::{EncodingKind, MandatoryPrefix, OpCodeInfo, OpCodeTableKind};
+use iced_x86::{
+    Decoder, DecoderOptions, EncodingKind, FlowControl, Instruction, MandatoryPrefix, Mnemonic,
+    OpCodeInfo, OpCodeTableKind,
+};
 
 /// Bytes that may encode a form: an opcode with random company.
 pub fn encode(op: &OpCodeInfo, bitness: u32, rng: &mut Rng) -> Vec<u8> {
@@ -138,4 +141,41 @@ fn finish(op: &OpCodeInfo, rng: &mut Rng, bytes: &mut Vec<u8>) {
         bytes.extend((rng.integer() as u32).to_le_bytes());
     }
     bytes.truncate(15);
+}
+
+/// The instruction that bytes at `ip` begin with.
+pub fn decode(bytes: &[u8], bitness: u32, ip: u64) -> Instruction {
+    Decoder::with_ip(bitness, bytes, ip, DecoderOptions::NONE).decode()
+}
+
+/// Puts edge values into immediates.
+pub fn edit_immediates(
+    bytes: &mut [u8],
+    instruction: &mut Instruction,
+    bitness: u32,
+    rng: &mut Rng,
+) {
+    let mut decoder = Decoder::with_ip(bitness, bytes, instruction.ip(), DecoderOptions::NONE);
+    let decoded = decoder.decode();
+    let offsets = decoder.get_constant_offsets(&decoded);
+    if !offsets.has_immediate() || decoded.flow_control() != FlowControl::Next {
+        return;
+    }
+    let (at, size) = (offsets.immediate_offset(), offsets.immediate_size());
+    let before = bytes.to_vec();
+    if decoded.mnemonic() == Mnemonic::Enter {
+        let frame = (rng.below(64) as u16).to_le_bytes();
+        bytes[at..at + 2].copy_from_slice(&frame);
+        bytes[at + 2] = rng.below(4) as u8 | if rng.chance(10) { 0x20 } else { 0 };
+    } else if rng.chance(40) {
+        let value = rng.integer().to_le_bytes();
+        bytes[at..at + size.min(8)].copy_from_slice(&value[..size.min(8)]);
+    }
+    let again = decode(bytes, bitness, instruction.ip());
+    // An immediate never decides the form, but for a few that are part of the opcode.
+    if again.code() == instruction.code() && again.len() == instruction.len() {
+        *instruction = again;
+    } else {
+        bytes.copy_from_slice(&before);
+    }
 }

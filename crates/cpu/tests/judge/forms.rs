@@ -7,7 +7,7 @@
 use crate::areas::{
     self, fill_area, fill_legacy_area, is_legacy_restore, is_restore, place_area, place_whole,
 };
-use crate::encoding::encode;
+use crate::encoding::{decode, edit_immediates, encode};
 use crate::native::plain_registers;
 use crate::rng::Rng;
 use crate::state::{CODE, CODE_BYTES, Case, DATA, DATA_BYTES, GS_BASE, NOWHERE, RSP, flag};
@@ -58,7 +58,7 @@ impl Generator {
             let instruction = self.decode(&bytes, rip);
             (instruction.code() == code).then(|| (bytes[..instruction.len()].to_vec(), instruction))
         })?;
-        self.edit_immediates(&mut bytes, &mut instruction, rng);
+        edit_immediates(&mut bytes, &mut instruction, self.bitness, rng);
 
         let mut registers = plain_registers();
         registers.rip = rip;
@@ -116,36 +116,7 @@ impl Generator {
     }
 
     fn decode(&self, bytes: &[u8], rip: u64) -> Instruction {
-        Decoder::with_ip(self.bitness, bytes, rip, DecoderOptions::NONE).decode()
-    }
-
-    /// Puts edge values into immediates.
-    fn edit_immediates(&self, bytes: &mut [u8], instruction: &mut Instruction, rng: &mut Rng) {
-        let mut decoder =
-            Decoder::with_ip(self.bitness, bytes, instruction.ip(), DecoderOptions::NONE);
-        let decoded = decoder.decode();
-        let offsets = decoder.get_constant_offsets(&decoded);
-        if !offsets.has_immediate() || decoded.flow_control() != FlowControl::Next {
-            return;
-        }
-        let at = offsets.immediate_offset();
-        let size = offsets.immediate_size();
-        if decoded.mnemonic() == Mnemonic::Enter {
-            let frame = (rng.below(64) as u16).to_le_bytes();
-            bytes[at..at + 2].copy_from_slice(&frame);
-            bytes[at + 2] = rng.below(4) as u8 | if rng.chance(10) { 0x20 } else { 0 };
-        } else if rng.chance(40) {
-            let value = rng.integer().to_le_bytes();
-            bytes[at..at + size.min(8)].copy_from_slice(&value[..size.min(8)]);
-        }
-        let again = self.decode(bytes, instruction.ip());
-        // An immediate never decides the form, but for a few that are part of the opcode.
-        if again.code() == instruction.code() && again.len() == instruction.len() {
-            *instruction = again;
-        } else {
-            let len = instruction.len();
-            *instruction = self.decode(&bytes[..len], instruction.ip());
-        }
+        decode(bytes, self.bitness, rip)
     }
 
     /// Chooses values that make more of an instruction's cases likely than chance would.
