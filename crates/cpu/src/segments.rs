@@ -51,10 +51,11 @@ pub(crate) fn select(form: &Form) -> Option<Handler> {
         },
         (M::Arpl, Kind::Mem, _) => |core, op| {
             core.require_protected()?;
-            // The segment has to be writable in any case (SDM Vol. 2, "ARPL": #GP).
-            let linear = Segmented::for_write(core, op, 2)?;
+            let linear = Segmented::for_read(core, op, 2)?;
             let selector: u16 = core.load(linear)?;
             if let Some(adjusted) = adjust_level(core, op, selector) {
+                // Only what is changed has to be writable, on AMD's processors.
+                let linear = Segmented::for_write(core, op, 2)?;
                 core.store(linear, adjusted)?;
                 core.flags.set_zf(true);
             }

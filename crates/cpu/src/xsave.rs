@@ -211,15 +211,14 @@ fn area(core: &mut Core, op: &Op, write: bool, bytes: u64) -> Result<u64, Trap> 
     if core.cr0 & cr0::TS != 0 {
         return Err(core.device_not_available());
     }
-    let linear = if write {
-        Segmented::for_write(core, op, bytes)?
+    // Where it begins is looked at before its length.
+    if Segmented::for_read(core, op, 1)? & 63 != 0 {
+        return Err(core.general_protection(0));
+    }
+    if write {
+        Segmented::for_write(core, op, bytes)
     } else {
-        Segmented::for_read(core, op, bytes)?
-    };
-    if linear & 63 == 0 {
-        Ok(linear)
-    } else {
-        Err(core.general_protection(0))
+        Segmented::for_read(core, op, bytes)
     }
 }
 

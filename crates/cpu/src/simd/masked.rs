@@ -1,10 +1,10 @@
 //! Masked moves of AVX: elements whose mask is clear are neither read nor written, and do not fault.
 
-use super::operand::{Lanes, One, Two, Unaligned};
+use super::operand::{Lanes, One, Two};
 use crate::core_state::Core;
 use crate::form::{Form, Kind};
 use crate::int::Int;
-use crate::op::{Handler, Op, Segmented, offset};
+use crate::op::{Handler, Op, offset};
 use crate::trap::Trap;
 use iced_x86::Mnemonic as M;
 
@@ -52,11 +52,6 @@ fn address<T: Int>(core: &mut Core, op: &Op, number: u64, write: bool) -> Result
 fn load<V: Lanes, T: Int>(core: &mut Core, op: &Op) -> Result<(), Trap> {
     let count = V::BYTES / T::BYTES;
     let mask = op.src;
-    if (0..count).all(|i| is_set::<T>(core, mask, i)) {
-        let value = <Unaligned<Segmented, V> as super::operand::Source>::read(core, op)?;
-        value.put_cleared(core, op.dst);
-        return Ok(());
-    }
     let mut lanes = [0u128; 2];
     for i in 0..count {
         if is_set::<T>(core, mask, i) {

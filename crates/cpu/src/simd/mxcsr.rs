@@ -28,6 +28,8 @@ const UNDERFLOW: u32 = 1 << 4;
 const PRECISION: u32 = 1 << 5;
 /// From an exception's flag to its mask.
 const MASK_SHIFT: u32 = 7;
+/// Denormal operands are zero.
+const DENORMALS_ARE_ZERO: u32 = 1 << 6;
 /// Flush to zero.
 const FLUSH: u32 = 1 << 15;
 /// The control bits after reset.
@@ -167,7 +169,7 @@ fn precision_flag(control: u32, unmasked: u32, roundings: &Roundings) -> u32 {
     let inexact = roundings.iter().any(|rounding| {
         let ((), raised) = observe(control, unmasked, &|| rounding.execute());
         if raised & unmasked & (OVERFLOW | UNDERFLOW) != 0 {
-            rounding.is_inexact()
+            rounding.is_inexact(control & DENORMALS_ARE_ZERO != 0)
         } else {
             raised & PRECISION != 0
         }

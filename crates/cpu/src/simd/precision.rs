@@ -154,8 +154,9 @@ impl Rounding {
     }
 
     /// Whether rounding to the result's precision changes the value, whatever its exponent.
-    pub(super) fn is_inexact(self) -> bool {
-        let number = |bits| Number::new(bits, self.single);
+    /// `without_denormals`: those among the operands count as zero.
+    pub(super) fn is_inexact(self, without_denormals: bool) -> bool {
+        let number = |bits| Number::new(bits, self.single, without_denormals);
         let (a, b) = (number(self.a), number(self.b));
         let exact = match self.step {
             Step::Add => a.plus(b),
@@ -190,16 +191,16 @@ struct Number {
 }
 
 impl Number {
-    /// A finite single or double.
-    fn new(bits: u64, single: bool) -> Self {
+    /// A finite single or double, or zero for a denormal one if there are to be none.
+    fn new(bits: u64, single: bool, without_denormals: bool) -> Self {
         let (fraction_bits, exponent_bits) = if single { (23, 8) } else { (52, 11) };
         let fraction = bits & ((1 << fraction_bits) - 1);
         let field = (bits >> fraction_bits & ((1 << exponent_bits) - 1)) as i32;
         let bias = (1 << (exponent_bits - 1)) - 1;
-        let significand = if field == 0 {
-            fraction
-        } else {
-            fraction | 1 << fraction_bits
+        let significand = match field {
+            0 if without_denormals => 0,
+            0 => fraction,
+            _ => fraction | 1 << fraction_bits,
         };
         Self {
             negative: bits >> (fraction_bits + exponent_bits) & 1 != 0,
@@ -295,7 +296,7 @@ mod tests {
     }
 
     fn inexact(step: Step, a: f64, b: f64) -> bool {
-        rounding(step, a, b, 0.0).is_inexact()
+        rounding(step, a, b, 0.0).is_inexact(false)
     }
 
     #[test]
@@ -323,7 +324,7 @@ mod tests {
                 negate_product: false,
                 negate_addend: true,
             };
-            rounding(step, a, b, c).is_inexact()
+            rounding(step, a, b, c).is_inexact(false)
         };
         // The square of MAX has twice the digits; without its lower ones it fits.
         let step = f64::EPSILON / 2.0;
@@ -331,5 +332,12 @@ mod tests {
         assert!(!fused(1.0 - step, 1.0 - step, step * step));
         assert!(fused(f64::MAX, f64::MAX, f64::MIN_POSITIVE));
         assert!(!fused(f64::MAX, 3.0, f64::MAX));
+        let step = Step::Fused {
+            negate_product: false,
+            negate_addend: false,
+        };
+        let with_denormal = rounding(step, f64::MAX, 2.0, f64::from_bits(1));
+        assert!(with_denormal.is_inexact(false));
+        assert!(!with_denormal.is_inexact(true));
     }
 }
