@@ -347,7 +347,13 @@ impl Core {
         } else {
             self.regs[gpr::RSP]
         };
-        if !self.is_canonical(stack) {
+        let error = error_code.filter(|_| has_error_code(vector)).map(u64::from);
+        // The frame is aligned to 16 bytes before anything is pushed. Its first and its last word
+        // say about the others.
+        let mut top = stack & !15;
+        let words = 5 + u64::from(error.is_some());
+        let places = [stack, top.wrapping_sub(8), top.wrapping_sub(8 * words)];
+        if !places.iter().all(|place| self.is_canonical(*place)) {
             return Err(self.gate_fault(vector::SS, 0, source));
         }
         if !self.is_canonical(target) {
@@ -365,10 +371,8 @@ impl Core {
             Some(image),
             Some(u64::from(self.segment[usize::from(seg::CS)].selector)),
             Some(self.rip),
-            error_code.filter(|_| has_error_code(vector)).map(u64::from),
+            error,
         ];
-        // The frame is aligned to 16 bytes before anything is pushed.
-        let mut top = stack & !15;
         let was_user = self.user;
         self.mark_accessed(&mut descriptor)?;
         for value in frame.into_iter().flatten() {

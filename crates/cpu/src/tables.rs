@@ -84,7 +84,8 @@ pub(crate) fn select(form: &Form) -> Option<Handler> {
             let selector = source_selector(core, op)?;
             let visible = core.visible_descriptor(selector, LAR_TYPES)?;
             if let Some(low) = visible {
-                let rights = (low >> 32) as u32 & 0x00f0_ff00;
+                // Bits of the limit are undefined here on Intel's processors; AMD's have them.
+                let rights = (low >> 32) as u32 & 0x00ff_ff00;
                 match op.width {
                     2 => core.set_reg(op.dst, rights as u16),
                     _ => core.set_reg(op.dst, rights),
