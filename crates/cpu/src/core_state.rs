@@ -214,6 +214,16 @@ impl Core {
         })
     }
 
+    /// #AC.
+    #[cold]
+    pub(crate) fn alignment_check(&mut self) -> Trap {
+        self.raise(Exception {
+            vector: vector::AC,
+            error_code: Some(0),
+            payload: None,
+        })
+    }
+
     /// #UD.
     #[cold]
     pub(crate) fn invalid_opcode(&mut self) -> Trap {

@@ -182,6 +182,7 @@ impl Core {
     #[cold]
     #[inline(never)]
     fn load_slow<T: Datum>(&mut self, linear: u64, set: Set) -> Result<T, Trap> {
+        self.check_alignment(linear, T::SIZE as u64, set)?;
         self.note_access(linear, T::SIZE as u64, false);
         if (linear & !PAGE_MASK) + T::SIZE as u64 <= 1 << super::PAGE_SHIFT {
             let target = self.translate_data(linear, T::SIZE as u64, false, set)?;
@@ -199,6 +200,7 @@ impl Core {
     #[cold]
     #[inline(never)]
     fn store_slow<T: Datum>(&mut self, linear: u64, value: T, set: Set) -> Result<(), Trap> {
+        self.check_alignment(linear, T::SIZE as u64, set)?;
         self.note_access(linear, T::SIZE as u64, true);
         if (linear & !PAGE_MASK) + T::SIZE as u64 <= 1 << super::PAGE_SHIFT {
             if let Some(place) = self.mem.sub_pages.place(set, linear, T::SIZE as u64) {
@@ -233,8 +235,9 @@ impl Core {
         locked: bool,
         change: &dyn Fn(T) -> T,
     ) -> Result<(T, T), Trap> {
-        self.note_access(linear, T::SIZE as u64, true);
         let set = self.data_set();
+        self.check_alignment(linear, T::SIZE as u64, set)?;
+        self.note_access(linear, T::SIZE as u64, true);
         if (linear & !PAGE_MASK) + T::SIZE as u64 <= 1 << super::PAGE_SHIFT {
             if let Some(place) = self.mem.sub_pages.place(set, linear, T::SIZE as u64) {
                 return self.rmw_host(place, locked, change);

@@ -32,7 +32,7 @@ pub use virtualization_exception::{VeBusy, VeControl, VeInfo, reason};
 use crate::core_state::Core;
 use crate::line::Request;
 use crate::machine::Machine;
-use crate::state::rflags;
+use crate::state::{cr0, rflags};
 use crate::trap::{Exception, Exit, SecondStageFault, Trap, UnknownInstruction, vector};
 use guest_tables::{Directories, NestedTables, TablePages};
 use mmio::Mmio;
@@ -177,13 +177,16 @@ impl Core {
         self.epoch += 1;
     }
 
-    /// Looks anew at whose rights data accesses have. Called after every change of
-    /// [`Core::user`], and of RFLAGS.AC while CR4.SMAP is set.
+    /// Looks anew at whose rights data accesses have, and whether their alignment is checked. Called
+    /// after every change of [`Core::user`], RFLAGS.AC and CR0.AM.
     #[inline]
     pub(crate) fn update_rights(&mut self) {
-        let set = if self.user {
+        let ac = self.flags.system() & rflags::AC != 0;
+        let set = if self.user && ac && self.cr0 & cr0::AM != 0 {
+            Set::Checked
+        } else if self.user {
             Set::User
-        } else if self.mem.paging.smap() && self.flags.system() & rflags::AC != 0 {
+        } else if self.mem.paging.smap() && ac {
             Set::SupervisorAc
         } else {
             Set::Supervisor
@@ -460,9 +463,28 @@ impl Core {
         })
     }
 
+    /// Whether explicit data accesses have to be aligned: CR0.AM, RFLAGS.AC and CPL 3.
+    pub(crate) fn checks_alignment(&self) -> bool {
+        self.mem.data_base == Set::Checked.base()
+    }
+
+    /// Raises #AC for an explicit access that is not aligned, if that is checked: up to 8 bytes, to
+    /// a multiple of their number (SDM volume 3, "Interrupt 17", and the exception types of volume
+    /// 2, which leave larger operands to their instructions).
+    fn check_alignment(&mut self, linear: u64, bytes: u64, set: Set) -> Result<(), Trap> {
+        if set == Set::User
+            && self.checks_alignment()
+            && bytes <= 8
+            && !linear.is_multiple_of(bytes)
+        {
+            return Err(self.alignment_check());
+        }
+        Ok(())
+    }
+
     /// The set that explicit data accesses use now.
     fn data_set(&self) -> Set {
-        if self.mem.data_base == Set::User.base() {
+        if self.mem.data_base == Set::User.base() || self.checks_alignment() {
             Set::User
         } else if self.mem.data_base == Set::SupervisorAc.base() {
             Set::SupervisorAc

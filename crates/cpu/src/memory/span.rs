@@ -115,13 +115,16 @@ impl Core {
 
     /// Where `element` bytes of plain memory, of which the first page holds at least one, are, and
     /// how many bytes may be accessed from there. `None` if the page is emulated or has a breakpoint
-    /// or, to write it, holds code.
+    /// or, to write it, holds code; and if alignment is checked and wrong.
     fn plain(
         &mut self,
         linear: u64,
         element: u64,
         write: bool,
     ) -> Result<Option<(usize, u64)>, Trap> {
+        if self.checks_alignment() && !linear.is_multiple_of(element) {
+            return Ok(None);
+        }
         let page = rest_of_page(linear);
         let entry = self.mem.tlb.entry(self.mem.data_base, linear);
         let cached = if write { entry.write } else { entry.read };

@@ -31,6 +31,9 @@ pub(crate) enum Set {
     User = 1,
     /// Explicit supervisor accesses while RFLAGS.AC suspends SMAP.
     SupervisorAc = 2,
+    /// None: what is looked up here while alignment is checked is never found, so that every access
+    /// with user rights comes to where the check is made.
+    Checked = 3,
 }
 
 impl Set {

@@ -160,7 +160,7 @@ fn write<F: Format>(core: &mut Core, op: &Op, bytes: usize) -> Result<(), Trap> 
     }
     let linear = Segmented::for_write(core, op, bytes as u64)?;
     core.touch_write(linear, bytes as u64)?;
-    each_part(bytes, |part| {
+    each_part(bytes, largest_part::<F>(core), |part| {
         let place = linear.wrapping_add(part.at as u64);
         let value = part.of(&image);
         match part.size {
@@ -172,13 +172,13 @@ fn write<F: Format>(core: &mut Core, op: &Op, bytes: usize) -> Result<(), Trap> 
 }
 
 /// Reads an image of so many bytes.
-fn read(core: &mut Core, op: &Op, bytes: usize) -> Result<[u8; LARGEST], Trap> {
+fn read<F: Format>(core: &mut Core, op: &Op, bytes: usize) -> Result<[u8; LARGEST], Trap> {
     fn load<T: Datum + Into<u64>>(core: &mut Core, linear: u64) -> Result<u64, Trap> {
         core.load::<T>(linear).map(Into::into)
     }
     let linear = Segmented::for_read(core, op, bytes as u64)?;
     let mut image = [0; LARGEST];
-    each_part(bytes, |part| {
+    each_part(bytes, largest_part::<F>(core), |part| {
         let place = linear.wrapping_add(part.at as u64);
         let value = match part.size {
             8 => load::<u64>(core, place)?,
@@ -206,11 +206,21 @@ impl Part {
     }
 }
 
-/// The parts of an image of so many bytes, an even number.
-fn each_part(bytes: usize, mut access: impl FnMut(Part) -> Result<(), Trap>) -> Result<(), Trap> {
+/// Bytes that are accessed at once at most: those of one word where alignment is checked, which is
+/// that of the words.
+fn largest_part<F: Format>(core: &Core) -> usize {
+    if core.checks_alignment() { F::WORD } else { 8 }
+}
+
+/// The parts of an image of so many bytes, an even number, none larger than `largest`.
+fn each_part(
+    bytes: usize,
+    largest: usize,
+    mut access: impl FnMut(Part) -> Result<(), Trap>,
+) -> Result<(), Trap> {
     let mut at = 0;
     for size in [8, 4, 2] {
-        while bytes - at >= size {
+        while size <= largest && bytes - at >= size {
             access(Part { at, size })?;
             at += size;
         }
@@ -239,7 +249,7 @@ fn store_environment<F: Format>(core: &mut Core, op: &Op) -> Result<(), Trap> {
 
 fn load_environment<F: Format>(core: &mut Core, op: &Op) -> Result<(), Trap> {
     ready(core)?;
-    let image = read(core, op, F::ENVIRONMENT)?;
+    let image = read::<F>(core, op, F::ENVIRONMENT)?;
     let protected = is_protected(core);
     decode::<F>(&words::<F>(&image), protected, &mut core.vectors);
     Ok(())
@@ -255,7 +265,7 @@ fn save<F: Format>(core: &mut Core, op: &Op) -> Result<(), Trap> {
 
 fn restore<F: Format>(core: &mut Core, op: &Op) -> Result<(), Trap> {
     ready(core)?;
-    let image = read(core, op, F::STATE)?;
+    let image = read::<F>(core, op, F::STATE)?;
     let protected = is_protected(core);
     decode::<F>(&words::<F>(&image), protected, &mut core.vectors);
     let registers = image[F::ENVIRONMENT..].chunks_exact(REGISTER);

@@ -288,3 +288,53 @@ fn mmx_follows_the_bits_that_switch_the_x87_unit_off() {
         }
     }
 }
+
+#[test]
+fn alignment_is_checked_at_level_3_where_cr0_and_rflags_both_ask_for_it() {
+    const AC: u64 = 1 << 18;
+    const AM: u64 = 1 << 18;
+    // What follows the access is INT 0x80.
+    let run = |code: &[u8], address: u64, user: bool, flags: u64, cr0: u64| {
+        let code = [code, b"\xcd\x80"].concat();
+        let mut guest = if user {
+            Guest::user(&code)
+        } else {
+            Guest::long(&code)
+        };
+        let mut system = guest.cpu.system_registers();
+        system.cr0 = system.cr0 & !AM | cr0;
+        guest.cpu.set_system_registers(&system);
+        guest.set(0x1000, |registers| {
+            registers.rflags |= flags;
+            registers.gpr[4] = 0x1_0000;
+            registers.gpr[6] = address;
+            registers.gpr[7] = 0x2_1000;
+            registers.gpr[1] = 4;
+        });
+        fault(&mut guest)
+    };
+    // mov eax,[rsi]; mov [rsi],rax; lock inc word [rsi]; rep movsd; movq xmm0,[rsi]
+    for (code, bytes) in [
+        (&b"\x8b\x06"[..], 4),
+        (b"\x48\x89\x06", 8),
+        (b"\x66\xf0\xff\x06", 2),
+        (b"\xf3\xa5", 4),
+        (b"\xf3\x0f\x7e\x06", 8),
+    ] {
+        for misaligned in [1, bytes / 2] {
+            let address = 0x2_0000 + misaligned;
+            assert_eq!(run(code, address, true, AC, AM), (17, 0), "{code:x?}");
+            assert_eq!(run(code, address, true, 0, AM).0, 0x80, "{code:x?}");
+            assert_eq!(run(code, address, true, AC, 0).0, 0x80, "{code:x?}");
+            assert_eq!(run(code, address, false, AC, AM).0, 0x80, "{code:x?}");
+        }
+        assert_eq!(
+            run(code, 0x2_0000 + bytes, true, AC, AM).0,
+            0x80,
+            "{code:x?}"
+        );
+    }
+    // movups xmm0,[rsi]; mov al,[rsi]
+    assert_eq!(run(b"\x0f\x10\x06", 0x2_0001, true, AC, AM).0, 0x80);
+    assert_eq!(run(b"\x8a\x06", 0x2_0001, true, AC, AM).0, 0x80);
+}
