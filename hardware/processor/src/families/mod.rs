@@ -22,6 +22,12 @@ pub fn cases() -> Vec<Case> {
     .concat()
 }
 
+/// Whether Bochs does not come back from some cases of this kind: its processor stops, and with it
+/// the image.
+pub fn stops_bochs(case: &Case) -> bool {
+    case.name.starts_with("long mode, lldt")
+}
+
 /// The slot that a family tries things with.
 const SUBJECT: u16 = selector::FREE;
 /// A second one, for what the first refers to.
