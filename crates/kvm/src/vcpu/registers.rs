@@ -8,6 +8,7 @@ use kvm_bindings::{
 };
 use rustix::io::Errno;
 use twofold_cpu::state::{cr0, cr4, efer, gpr, rflags};
+use twofold_cpu::xsave;
 use twofold_cpu::{Registers, Segment, SystemRegisters, TableRegister};
 
 impl VcpuState {
@@ -201,7 +202,13 @@ impl VcpuState {
     /// gets one, as with KVM.
     fn cr4_offered(&self) -> u64 {
         // The legacy extensions are in every processor that KVM knows.
-        self.cpu.cr4_allowed() | cr4::VME | cr4::PVI
+        let allowed = self.cpu.cr4_allowed() | cr4::VME | cr4::PVI;
+        // Until the program has chosen, what it is offered counts.
+        if self.cpuid.is_empty() && !xsave::host_has_pkru() {
+            allowed & !cr4::PKE
+        } else {
+            allowed
+        }
     }
 }
 
