@@ -198,8 +198,7 @@ impl VcpuState {
         cr4 & !self.cr4_offered() == 0
     }
 
-    /// The bits of CR4 that the vCPU's CPUID table offers; all that the processor has before it
-    /// gets one, as with KVM.
+    /// The bits of CR4 that the vCPU's CPUID table offers; before it gets one, those that KVM offers.
     fn cr4_offered(&self) -> u64 {
         // The legacy extensions are in every processor that KVM knows.
         let allowed = self.cpu.cr4_allowed() | cr4::VME | cr4::PVI;
